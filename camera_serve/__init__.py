@@ -1,0 +1,47 @@
+"""camera-serve: compress MoE language models with CAMERA and serve them in vLLM."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from camera_serve.analysis import AnalysisReport, AnalysisSettings, analyze
+    from camera_serve.pipeline import compress, estimate
+    from camera_serve.progress import Progress
+    from camera_serve.recipe import Calibration, Recipe, TierPlan
+    from camera_serve.report import CompressionReport
+    from camera_serve.sizing import Estimate
+
+__all__ = [
+    "AnalysisReport",
+    "AnalysisSettings",
+    "Calibration",
+    "CompressionReport",
+    "Estimate",
+    "Progress",
+    "Recipe",
+    "TierPlan",
+    "analyze",
+    "compress",
+    "estimate",
+]
+
+_HOMES = {
+    "AnalysisReport": "analysis",
+    "AnalysisSettings": "analysis",
+    "Calibration": "recipe",
+    "CompressionReport": "report",
+    "Estimate": "sizing",
+    "Progress": "progress",
+    "Recipe": "recipe",
+    "TierPlan": "recipe",
+    "analyze": "analysis",
+    "compress": "pipeline",
+    "estimate": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, because vLLM imports this package in every process before it knows the model.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

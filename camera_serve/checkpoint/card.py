@@ -1,0 +1,71 @@
+"""The model card of a compressed checkpoint: what it is, from what, how, and how to serve it."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from camera_serve.report import CompressionReport
+
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+BODY = """
+# {name}, compressed with CAMERA
+
+[CAMERA](https://arxiv.org/abs/2508.02322) ranks the micro-experts of every MoE layer by their
+decoding-time energy on calibration text. This checkpoint keeps the top of that ranking: tier plan
+`{plan}` (bits:share), so every expert has its own d_ff.
+
+| | original | this checkpoint |
+|---|---|---|
+| expert weights | {expert_before:.3f} GB | {expert_after:.3f} GB ({expert_removed:.1%} removed) |
+| whole model | {total_before:.3f} GB | {total_after:.3f} GB ({total_removed:.1%} removed) |
+
+Calibration: {samples} × {seq_len} tokens of `{source}`, α = {alpha}. `camera_recipe.yaml` holds all
+settings, `camera_report.json` the kept widths and the tokens each expert saw.
+
+## Use
+
+    pip install 'camera-serve[vllm]'
+    vllm serve PATH_OR_NAME_OF_THIS_MODEL
+
+With transformers: `import camera_serve.hf`, then `AutoModelForCausalLM.from_pretrained(...)`.
+"""
+
+
+def model_card(source: Path, report: CompressionReport) -> str:
+    """README.md with metadata: `base_model`, its licence and language, and the figures."""
+    data = ModelCardData(
+        base_model=report.model,
+        base_model_relation="quantized",
+        library_name="vllm",
+        tags=["camera", "moe", "pruned"],
+        **_inherited(source / "README.md"),
+    )
+    calibration = report.recipe.calibration
+    body = BODY.format(
+        name=report.model.rsplit("/", 1)[-1],
+        plan=report.recipe.plan,
+        expert_before=report.expert_bytes_before / 1e9,
+        expert_after=report.expert_bytes_after / 1e9,
+        expert_removed=report.removed_of_experts,
+        total_before=report.total_bytes_before / 1e9,
+        total_after=report.total_bytes_after / 1e9,
+        total_removed=report.removed_of_all,
+        samples=calibration.samples,
+        seq_len=calibration.seq_len,
+        source=Path(calibration.source).name,
+        alpha=report.recipe.alpha,
+    )
+    return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _inherited(readme: Path) -> dict[str, Any]:
+    if not readme.is_file():
+        return {}
+    try:
+        data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return {key: data[key] for key in INHERITED if key in data}

@@ -1,0 +1,164 @@
+"""Checkpoint format 1: what `quantization_config` says, and every tensor shape that follows.
+
+`config.json` alone fixes every shape, so a loader can allocate before it reads, and a checkpoint
+that lies is refused before a kernel sees it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import ValidationError, model_validator
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from camera_serve.errors import CheckpointError
+from camera_serve.layout import LayerLayout
+from camera_serve.models import MoeStructure
+from camera_serve.models.structure import PROJECTIONS, Projection
+from camera_serve.recipe import SERVED_BITS, Recipe, Settings, describe_errors
+
+FORMAT: Literal[1] = 1
+GROUP_SIZE = 128
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class LayerCounts(Settings):
+    """`LayerLayout` as JSON: `{"experts": [[n16], …], "shared": [[n16]]}`."""
+
+    experts: tuple[tuple[int, ...], ...]
+    shared: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def layout(self) -> LayerLayout:
+        """The counts as the core uses them."""
+        return LayerLayout(experts=self.experts, shared=self.shared)
+
+
+class CameraQuantizationConfig(Settings):
+    """The `quantization_config` of a compressed checkpoint."""
+
+    quant_method: Literal["camera"] = "camera"
+    format: Literal[1] = FORMAT
+    group_size: int = GROUP_SIZE
+    bits: tuple[int, ...]
+    layers: dict[str, LayerCounts]
+    recipe: Recipe
+
+    @model_validator(mode="after")
+    def _bits_are_served(self) -> Self:
+        if not self.bits or any(b not in SERVED_BITS or b == 0 for b in self.bits):
+            raise ValueError(f"bits {list(self.bits)} cannot be served by this version")
+        return self
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Self:
+        """Validate the JSON object; raises `CheckpointError` that names the key at fault."""
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise CheckpointError(
+                f"quantization_config is not CAMERA format {FORMAT}: {describe_errors(error)}"
+            ) from error
+
+    def layout(self, moe_prefix: str) -> LayerLayout:
+        """The layout of one MoE layer, by checkpoint prefix (`model.layers.3.mlp`)."""
+        if moe_prefix not in self.layers:
+            raise CheckpointError(
+                f"quantization_config has no layer {moe_prefix!r}; it has {len(self.layers)} layers"
+            )
+        return self.layers[moe_prefix].layout
+
+    def check(self, structure: MoeStructure) -> None:
+        """Refuse counts that do not fit the model: layers, experts, tiers, widths."""
+        wanted = {structure.moe_prefix(layer) for layer in structure.moe_layers}
+        if missing := sorted(wanted - self.layers.keys()):
+            raise CheckpointError(
+                f"quantization_config lists {len(self.layers)} layers, the model has {len(wanted)} "
+                f"MoE layers: {missing[0]} is missing"
+            )
+        if extra := sorted(self.layers.keys() - wanted):
+            raise CheckpointError(
+                f"quantization_config lists {extra[0]}, which is not a MoE layer of this model"
+            )
+        num_shared = 1 if structure.shared_d_ff else 0
+        for name, counts in self.layers.items():
+            _check_counts(
+                name, "experts", counts.experts, structure.num_experts, structure.d_ff, self.bits
+            )
+            _check_counts(
+                name, "shared", counts.shared, num_shared, structure.shared_d_ff, self.bits
+            )
+
+
+def _check_counts(
+    layer: str,
+    kind: str,
+    counts: tuple[tuple[int, ...], ...],
+    num_experts: int,
+    d_ff: int,
+    bits: tuple[int, ...],
+) -> None:
+    where = f"quantization_config layer {layer}"
+    if len(counts) != num_experts:
+        raise CheckpointError(f"{where} counts {len(counts)} {kind}, the model has {num_experts}")
+    for expert, tiers in enumerate(counts):
+        if len(tiers) != len(bits):
+            raise CheckpointError(
+                f"{where}, {kind}[{expert}] has {len(tiers)} tiers, wanted {len(bits)} "
+                f"({list(bits)} bits)"
+            )
+        if min(tiers) < 0 or sum(tiers) > d_ff:
+            raise CheckpointError(
+                f"{where}, {kind}[{expert}] counts {list(tiers)} micro-experts: wanted none below "
+                f"0 and at most {d_ff} in all"
+            )
+
+
+def expert_shapes(structure: MoeStructure, layer: int, layout: LayerLayout) -> Shapes:
+    """Every expert tensor of one MoE layer, shared experts included; width 0 means absent."""
+    shapes: Shapes = {}
+    for expert, width in enumerate(layout.expert_d_ff):
+        for projection in PROJECTIONS:
+            name = f"{structure.expert_prefix(layer, expert, projection)}.weight"
+            shapes[name] = _projection_shape(projection, width, structure.d_model)
+    for width in layout.shared_d_ff:
+        for projection in PROJECTIONS:
+            name = f"{structure.shared_prefix(layer, projection)}.weight"
+            shapes[name] = _projection_shape(projection, width, structure.d_model)
+    return {name: shape for name, shape in shapes.items() if 0 not in shape}
+
+
+def dense_layout(structure: MoeStructure) -> LayerLayout:
+    """The layout of an uncompressed layer: every expert at its original d_ff, one tier."""
+    shared = ((structure.shared_d_ff,),) if structure.shared_d_ff else ()
+    return LayerLayout(experts=((structure.d_ff,),) * structure.num_experts, shared=shared)
+
+
+def checkpoint_shapes(
+    config: PreTrainedConfig,
+    structure: MoeStructure,
+    quantization: CameraQuantizationConfig | None,
+) -> Shapes:
+    """Every tensor a checkpoint must hold, by name; `quantization` None means the dense model.
+
+    The names outside the experts come from transformers' own model, built on the meta device.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    experts = structure.expert_prefixes()
+    shapes: Shapes = {}
+    for name, tensor in model.state_dict().items():
+        on_disk = structure.to_checkpoint_name(name)
+        if name not in tied and not on_disk.startswith(experts):
+            shapes[on_disk] = tuple(tensor.shape)
+    for layer in structure.moe_layers:
+        prefix = structure.moe_prefix(layer)
+        layout = quantization.layout(prefix) if quantization else dense_layout(structure)
+        shapes |= expert_shapes(structure, layer, layout)
+    return shapes
+
+
+def _projection_shape(projection: Projection, width: int, d_model: int) -> tuple[int, int]:
+    return (d_model, width) if projection == "down" else (width, d_model)

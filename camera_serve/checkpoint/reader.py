@@ -1,0 +1,291 @@
+"""A checkpoint on disk: config, MoE structure, lazily read safetensors, checked before any work."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
+
+from camera_serve.checkpoint.format import CameraQuantizationConfig, Shapes, checkpoint_shapes
+from camera_serve.errors import CheckpointError, UnsupportedModelError
+from camera_serve.models import MoeStructure, describe
+from camera_serve.models.deepseek import register_deepseek
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies and what it is, from the safetensors header alone."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face folder of a supported MoE model, dense or compressed.
+
+    `raw_config` is config.json as it stands; `quantization` is None for a dense checkpoint.
+    """
+
+    path: Path
+    raw_config: dict[str, Any]
+    config: PreTrainedConfig
+    structure: MoeStructure
+    quantization: CameraQuantizationConfig | None
+    entries: Mapping[str, TensorEntry]
+    _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read config and headers and compare every name and shape with what the config implies.
+
+        Raises `CheckpointError` naming the first file or tensor at fault, `UnsupportedModelError`
+        for a model that is not understood.
+        """
+        checkpoint = cls.open_unchecked(path)
+        checkpoint.check_tensors()
+        return checkpoint
+
+    @classmethod
+    def open_unchecked(cls, path: Path) -> Self:
+        """Like `open`, without comparing tensors to the config."""
+        raw = read_json(path / "config.json")
+        quantization = _quantization(raw)
+        config = load_config(path, raw)
+        structure = describe(config)
+        if quantization:
+            quantization.check(structure)
+        return cls(path, raw, config, structure, quantization, read_headers(path))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype most weights are stored in, as config.json says (bfloat16 when it does not)."""
+        found = self.config.dtype or torch.bfloat16
+        return found if isinstance(found, torch.dtype) else getattr(torch, str(found))
+
+    @cached_property
+    def expected_shapes(self) -> Shapes:
+        """Every tensor config.json asks for."""
+        return checkpoint_shapes(self.config, self.structure, self.quantization)
+
+    @cached_property
+    def expert_names(self) -> frozenset[str]:
+        """Names of all expert tensors, shared experts included."""
+        prefixes = self.structure.expert_prefixes()
+        return frozenset(name for name in self.entries if name.startswith(prefixes))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all expert weights, shared experts included."""
+        return sum(self.entries[name].num_bytes for name in self.expert_names)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.num_bytes for entry in self.entries.values())
+
+    def check_tensors(self) -> None:
+        """Refuse a missing, misshapen or unknown tensor, by name."""
+        shapes = {name: entry.shape for name, entry in self.entries.items()}
+        check_shapes(shapes, self.expected_shapes, self.structure, self.path)
+
+    def require_dense(self) -> None:
+        """Refuse a checkpoint that is compressed already."""
+        if self.quantization:
+            raise CheckpointError(
+                f"{self.path} is already compressed (plan {self.quantization.recipe.plan}): start "
+                "from its original model"
+            )
+
+    def get(self, name: str) -> torch.Tensor:
+        """Read one tensor onto the CPU, in its stored dtype; NaN or Inf raise `CheckpointError`."""
+        entry = self.entries[name]
+        try:
+            tensor = self._handle(entry.file).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{entry.file}: {name} cannot be read: {error}") from error
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{entry.file}: {name} holds {bad} NaN or Inf values of {tensor.numel()}; download "
+                "the model again, or repair the weights"
+            )
+        return tensor
+
+    def release(self) -> None:
+        """Unmap the weight files: pages once read count as this process's memory until then."""
+        self._handles.clear()
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt")
+        return self._handles[file]
+
+
+def resolve(model: str) -> Path:
+    """A local folder as it is, anything else as a hub name, downloaded without pickled weights."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"{model} is not a folder with config.json and safetensors files")
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{model} is neither a local folder nor a model the hub gave us: {reason}"
+        ) from error
+
+
+def load_config(path: Path, raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """config.json as a transformers config, DeepSeek v1 included, without remote code."""
+    register_deepseek()
+    if not isinstance(raw.get("model_type"), str):
+        raise CheckpointError(f"{path / 'config.json'} names no model_type")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedModelError(
+            f"{path / 'config.json'}: model type {raw['model_type']!r} is not understood: {reason}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises `CheckpointError` when it is missing or not one."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: this is not a model folder") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, wanted a JSON object")
+    return data
+
+
+def read_headers(path: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a folder's safetensors files, without reading weights.
+
+    Raises `CheckpointError` for a missing, truncated or non-safetensors file, a tensor of an
+    unknown dtype, or a tensor that two files hold.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for file in _weight_files(path):
+        for name, entry in _read_header(file).items():
+            if name in entries:
+                raise CheckpointError(f"{name} is in both {entries[name].file} and {file}")
+            entries[name] = entry
+    return entries
+
+
+def check_shapes(found: Shapes, wanted: Shapes, structure: MoeStructure, path: Path) -> None:
+    """Compare tensor names and shapes with what a config implies.
+
+    Raises `CheckpointError` naming the first at fault. Tensors that no engine loads (rotary tables,
+    tied heads, layers past the last one) may be there.
+    """
+    for name, shape in wanted.items():
+        if name not in found:
+            raise CheckpointError(f"{path}: tensor {name} {list(shape)} is missing")
+        if found[name] != shape:
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {list(found[name])}, config.json implies "
+                f"{list(shape)}"
+            )
+    extra = [name for name in found if name not in wanted and not _is_unused(name, structure)]
+    if extra:
+        raise CheckpointError(
+            f"{path}: tensor {sorted(extra)[0]} is not part of this model as config.json describes "
+            f"it ({len(extra)} such tensors)"
+        )
+
+
+def _is_unused(name: str, structure: MoeStructure) -> bool:
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    past_the_end = match is not None and int(match[1]) >= structure.num_layers
+    return past_the_end or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+
+
+def _quantization(raw: Mapping[str, Any]) -> CameraQuantizationConfig | None:
+    data = raw.get("quantization_config")
+    if data is None:
+        return None
+    method = data.get("quant_method") if isinstance(data, dict) else data
+    if method != "camera":
+        raise UnsupportedModelError(
+            f"the model is already quantized with {method!r}: start from its 16-bit checkpoint"
+        )
+    return CameraQuantizationConfig.parse(data)
+
+
+def _weight_files(path: Path) -> Iterable[Path]:
+    if (path / INDEX).exists():
+        names = sorted(set(_weight_map(path / INDEX)))
+        for name in names:
+            if not (path / name).is_file():
+                raise CheckpointError(f"{path / name} is missing: {INDEX} names it")
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for p in path.glob("*.bin")) + sorted(
+            p.name for p in path.glob("*.pt")
+        )
+        hint = (
+            f"; it has pickled weights ({pickled[0]}): convert them to safetensors"
+            if pickled
+            else ""
+        )
+        raise CheckpointError(f"{path} holds no safetensors file{hint}")
+    if len(files) > 1:
+        raise CheckpointError(f"{path} has {len(files)} safetensors files but no {INDEX}")
+    return files
+
+
+def _weight_map(index: Path) -> Iterable[str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+    ):
+        raise CheckpointError(f"{index} holds no weight_map of plain file names")
+    return weight_map.values()
+
+
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            entries = {
+                name: TensorEntry(file, tuple(part.get_shape()), part.get_dtype())
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or not a safetensors file ({error}); download it again"
+        ) from error
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES:
+            raise UnsupportedModelError(
+                f"{file}: {name} is stored as {entry.dtype}; wanted one of {', '.join(DTYPES)}: "
+                "start from the 16-bit checkpoint"
+            )
+    return entries

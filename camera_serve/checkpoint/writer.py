@@ -1,0 +1,144 @@
+"""Writing a checkpoint: shards, index, config and side files, every file by rename."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from camera_serve.checkpoint.format import CameraQuantizationConfig
+from camera_serve.checkpoint.reader import INDEX, Checkpoint
+from camera_serve.errors import OutputError
+
+SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+"""Tokenizer, chat template and generation settings; never code, never pickles."""
+
+GENERATED = {"config.json", INDEX, "camera_report.json"}
+
+
+class ShardPlan:
+    """Which shard holds which tensor: one shard for what is outside the layers, one per layer.
+
+    `shards[i]` are the names of shard i; the decoder layer l is shard `l + 1`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        layers: dict[int, list[str]] = {}
+        for name in sorted(checkpoint.entries):
+            if not name.endswith("rotary_emb.inv_freq"):
+                layers.setdefault(_layer_of(name), []).append(name)
+        self.shards = [layers.get(layer, []) for layer in range(-1, max(layers) + 1)]
+
+    def file_name(self, shard: int) -> str:
+        """`model-00003-of-00049.safetensors`, the name every engine knows."""
+        return f"model-{shard + 1:05}-of-{len(self.shards):05}.safetensors"
+
+
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one safetensors file; it appears whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, temporary, metadata={"format": "pt"})
+        _sync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write one text file; it appears whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented, keys in the order given."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) -> None:
+    """The safetensors index: `files` maps each shard's file name to its tensor names."""
+    weight_map = {name: file for file, names in files.items() for name in names}
+    data = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    write_json(folder / INDEX, data)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy tokenizer files, generation config, chat template and licence."""
+    for file in sorted(source.iterdir()):
+        licence = file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+        wanted = (file.suffix in SIDE_FILES or licence) and file.name not in GENERATED
+        if file.is_file() and wanted:
+            shutil.copyfile(file, target / file.name)
+
+
+def serving_config(
+    checkpoint: Checkpoint, quantization: CameraQuantizationConfig | None
+) -> dict[str, Any]:
+    """config.json of the written model: the original's own text, plus `quantization_config`.
+
+    Remote code is dropped (camera-serve brings what it needs), the architecture gets the name
+    serving engines know, and settings they do not assume are spelled out.
+    """
+    family = checkpoint.structure.family
+    config = dict(family.spelled_out) | checkpoint.raw_config
+    config = {key: value for key, value in config.items() if key != "auto_map"}
+    config["architectures"] = [family.architectures[0]]
+    config.pop("quantization_config", None)
+    if quantization:
+        config["quantization_config"] = quantization.model_dump(mode="json")
+    return config
+
+
+def free_bytes(folder: Path) -> int:
+    """Free disk space where `folder` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise `OutputError` when the disk under `folder` has less than `needed` bytes free."""
+    free = free_bytes(folder)
+    if free < needed:
+        raise OutputError(
+            f"{folder} needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free: free "
+            "some, or write to another disk"
+        )
+
+
+def publish(partial: Path, output: Path) -> None:
+    """Rename a finished folder to its final name, replacing an older one there."""
+    old = output.with_name(output.name + ".old")
+    if output.exists():
+        output.rename(old)
+    partial.rename(output)
+    _sync(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _layer_of(name: str) -> int:
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

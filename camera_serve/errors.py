@@ -1,0 +1,29 @@
+"""Typed errors. Every message says what was found, what was wanted, and what to do."""
+
+
+class CameraError(Exception):
+    """Base of every error camera-serve raises for a user's mistake or a bad input."""
+
+
+class UnsupportedModelError(CameraError):
+    """The architecture, or one of its settings, is not one camera-serve understands."""
+
+
+class RecipeError(CameraError):
+    """A setting of the compression is out of range or contradicts another."""
+
+
+class CalibrationError(CameraError):
+    """The calibration text cannot be read or holds too few tokens."""
+
+
+class CheckpointError(CameraError):
+    """A checkpoint is missing files or tensors, or its tensors contradict its config."""
+
+
+class OutputError(CameraError):
+    """The output folder cannot be written: it exists, its disk is full, or another run owns it."""
+
+
+class ServingError(CameraError):
+    """vLLM was started in a version or with a setting that cannot serve the checkpoint."""

@@ -1,0 +1,140 @@
+"""The names and settings of each MoE family, as they stand in its published checkpoints.
+
+A family is data. Routing is never reimplemented here: transformers runs the router, and the
+experts see its choices (see `camera_serve.streaming`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Config = Any
+"""A transformers config object: settings are attributes, defaults filled in."""
+
+
+def _qwen_has_experts(config: Config, layer: int) -> bool:
+    step = config.decoder_sparse_step
+    return layer not in (config.mlp_only_layers or []) and (layer + 1) % step == 0
+
+
+def _every_layer_has_experts(config: Config, layer: int) -> bool:
+    return True
+
+
+def _deepseek_has_experts(config: Config, layer: int) -> bool:
+    step = getattr(config, "moe_layer_freq", 1)
+    return layer >= config.first_k_dense_replace and layer % step == 0
+
+
+def _deepseek_shared_d_ff(config: Config) -> int:
+    return int((config.n_shared_experts or 0) * config.moe_intermediate_size)
+
+
+def _no_shared_d_ff(config: Config) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one family keeps the parts of its MoE layers.
+
+    `moe_name`, `projections`, `shared_name` are names in the checkpoint; `hf_renames` turns a
+    checkpoint name into the transformers module name, as (old, new) infixes. `understood` lists
+    config settings that change the layer's math, with the values we reproduce exactly.
+    `spelled_out` are settings transformers takes for granted and serving engines do not.
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    num_experts_key: str
+    d_ff_key: str = "moe_intermediate_size"
+    moe_name: str = "mlp"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared_name: str | None = None
+    shared_gate_name: str | None = None
+    shared_d_ff: Callable[[Config], int] = _no_shared_d_ff
+    has_experts: Callable[[Config, int], bool] = _every_layer_has_experts
+    hf_renames: tuple[tuple[str, str], ...] = ()
+    understood: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    spelled_out: tuple[tuple[str, Any], ...] = ()
+
+
+_MIXTRAL_NAMES: dict[str, Any] = {
+    "num_experts_key": "num_local_experts",
+    "d_ff_key": "intermediate_size",
+    "moe_name": "block_sparse_moe",
+    "projections": ("w1", "w3", "w2"),
+}
+_DEEPSEEK_NAMES: dict[str, Any] = {
+    "num_experts_key": "n_routed_experts",
+    "shared_name": "shared_experts",
+    "shared_d_ff": _deepseek_shared_d_ff,
+    "has_experts": _deepseek_has_experts,
+}
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            "qwen2_moe",
+            ("Qwen2MoeForCausalLM",),
+            num_experts_key="num_experts",
+            shared_name="shared_expert",
+            shared_gate_name="shared_expert_gate",
+            shared_d_ff=lambda config: int(config.shared_expert_intermediate_size),
+            has_experts=_qwen_has_experts,
+        ),
+        Family(
+            "qwen3_moe",
+            ("Qwen3MoeForCausalLM",),
+            num_experts_key="num_experts",
+            has_experts=_qwen_has_experts,
+        ),
+        Family(
+            "olmoe",
+            ("OlmoeForCausalLM",),
+            num_experts_key="num_experts",
+            d_ff_key="intermediate_size",
+        ),
+        Family(
+            "mixtral",
+            ("MixtralForCausalLM",),
+            hf_renames=((".block_sparse_moe.", ".mlp."),),
+            **_MIXTRAL_NAMES,
+        ),
+        Family(
+            "phimoe",
+            ("PhiMoEForCausalLM", "PhimoeForCausalLM"),
+            hf_renames=((".block_sparse_moe.", ".mlp."), (".mlp.gate.", ".mlp.router.")),
+            **_MIXTRAL_NAMES,
+        ),
+        Family(
+            "deepseek",
+            ("DeepseekForCausalLM",),
+            understood=(("scoring_func", ("softmax",)),),
+            **_DEEPSEEK_NAMES,
+        ),
+        Family(
+            "deepseek_v2",
+            ("DeepseekV2ForCausalLM",),
+            understood=(
+                ("scoring_func", ("softmax",)),
+                ("topk_method", ("greedy", "group_limited_greedy")),
+                ("norm_topk_prob", (False, None)),
+                ("moe_layer_freq", (1,)),
+            ),
+            **_DEEPSEEK_NAMES,
+        ),
+        Family(
+            "deepseek_v3",
+            ("DeepseekV3ForCausalLM",),
+            understood=(
+                ("scoring_func", ("sigmoid",)),
+                ("topk_method", ("noaux_tc",)),
+                ("moe_layer_freq", (1,)),
+            ),
+            spelled_out=(("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")),
+            **_DEEPSEEK_NAMES,
+        ),
+    )
+}

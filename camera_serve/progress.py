@@ -1,0 +1,60 @@
+"""What a long run reports while it works: step, share done, time left, peak memory."""
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report: `done` of `total` decoder layers; times in seconds, memory in bytes."""
+
+    step: str
+    done: int
+    total: int
+    elapsed: float
+    eta: float | None
+    peak_bytes: int
+
+
+PROC_STATUS = Path("/proc/self/status")
+
+OnProgress = Callable[[Progress], None]
+
+
+class Reporter:
+    """Turns finished layers into `Progress` with a time left, from the layers of this run only."""
+
+    def __init__(self, total: int, device: torch.device, on_progress: OnProgress | None) -> None:
+        self.total = total
+        self.device = device
+        self.on_progress = on_progress
+        self.start = time.monotonic()
+        self.first: int | None = None
+
+    def __call__(self, step: str, done: int) -> None:
+        """Report that `done` layers are finished, some of them perhaps by an earlier run."""
+        if self.first is None:
+            self.first = done
+        elapsed = time.monotonic() - self.start
+        finished = done - self.first
+        eta = elapsed / finished * (self.total - done) if finished else None
+        if self.on_progress:
+            self.on_progress(
+                Progress(step, done, self.total, elapsed, eta, peak_memory(self.device))
+            )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this process so far: the device's own on CUDA, resident memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if PROC_STATUS.exists():
+        # ru_maxrss would count the memory of whoever started this process, before exec.
+        fields = dict(line.split(":", 1) for line in PROC_STATUS.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,128 @@
+"""The frozen settings of one compression: the CLI builds them, the checkpoint carries them."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from camera_serve.errors import RecipeError
+
+SERVED_BITS = (16, 0)
+"""Bit-widths this version can store and serve; 0 is pruning."""
+
+
+class Settings(BaseModel):
+    """Frozen, strict settings: an unknown key is an error, not a typo that passes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tier(Settings):
+    """A bit-width and the share of a layer's micro-experts that have it."""
+
+    bits: int
+    fraction: Annotated[float, Field(gt=0, le=1)]
+
+
+class TierPlan(Settings):
+    """Tiers from the most important: `16:0.6,0:0.4` is CAMERA-P at λ = 40%."""
+
+    tiers: tuple[Tier, ...]
+
+    @classmethod
+    def prune(cls, fraction: float) -> Self:
+        """CAMERA-P: keep `1 - fraction` of each layer's micro-experts (Algorithm 2, line 9)."""
+        if not 0 < fraction < 1:
+            raise RecipeError(f"--prune is {fraction}: the share to remove must be in (0, 1)")
+        return cls(tiers=(Tier(bits=16, fraction=1 - fraction), Tier(bits=0, fraction=fraction)))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`16:0.6,0:0.4` as a plan; raises `RecipeError` that shows what was read."""
+        try:
+            pairs = [part.split(":") for part in text.split(",")]
+            tiers = tuple(Tier(bits=int(bits), fraction=float(share)) for bits, share in pairs)
+            return cls(tiers=tiers)
+        except ValidationError as error:
+            raise RecipeError(f"plan {text!r}: {describe_errors(error)}") from error
+        except ValueError as error:
+            raise RecipeError(
+                f"plan {text!r} is not a list of BITS:SHARE, such as 16:0.6,0:0.4"
+            ) from error
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        bits = [tier.bits for tier in self.tiers]
+        unknown = [b for b in bits if b not in SERVED_BITS]
+        if unknown:
+            raise ValueError(f"{unknown[0]} bits cannot be served; use bits from {SERVED_BITS}")
+        if bits != sorted(set(bits), reverse=True):
+            raise ValueError(f"bits must fall from tier to tier, found {bits}")
+        total = math.fsum(tier.fraction for tier in self.tiers)
+        if not math.isclose(total, 1, abs_tol=1e-9):
+            raise ValueError(f"fractions must sum to 1, found {total:g}")
+        if bits == [0]:
+            raise ValueError("this plan prunes whole layers; keep a tier above 0 bits")
+        return self
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The stored bit-widths, most important first; pruning stores nothing."""
+        return tuple(tier.bits for tier in self.tiers if tier.bits)
+
+    @property
+    def pruned(self) -> float:
+        """λ: the share of a MoE layer's micro-experts that is removed."""
+        return sum(tier.fraction for tier in self.tiers if tier.bits == 0)
+
+    def __str__(self) -> str:
+        """The plan as `parse` reads it."""
+        return ",".join(f"{tier.bits}:{tier.fraction:g}" for tier in self.tiers)
+
+
+class Calibration(Settings):
+    """The text energies are measured on: `samples` windows of `seq_len` tokens (section 4.2)."""
+
+    source: str
+    samples: Annotated[int, Field(gt=0)] = 128
+    seq_len: Annotated[int, Field(gt=1)] = 2048
+    seed: int = 0
+
+
+class Recipe(Settings):
+    """Everything that decides the bytes of a compressed checkpoint, besides the model itself."""
+
+    version: Literal[1] = 1
+    plan: TierPlan
+    calibration: Calibration
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.95
+    align: Annotated[int, Field(gt=0)] = 32
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a recipe from YAML; raises `RecipeError` that names the setting at fault."""
+        try:
+            return cls.model_validate(yaml.safe_load(path.read_text()))
+        except OSError as error:
+            raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise RecipeError(f"recipe {path} is not YAML: {error}") from error
+        except ValidationError as error:
+            raise RecipeError(f"recipe {path}: {describe_errors(error)}") from error
+
+    def dump(self) -> str:
+        """The recipe as YAML, as `load` reads it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def describe_errors(error: ValidationError) -> str:
+    """A pydantic error as one line: `calibration.samples: Input should be greater than 0`."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {message}" if where else message)
+    return "; ".join(lines)

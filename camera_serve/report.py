@@ -1,0 +1,44 @@
+"""What a compression did, as `camera_report.json`: versioned, and without times: it reproduces."""
+
+from collections.abc import Mapping
+
+from camera_serve.recipe import Recipe, Settings
+
+
+class LayerReport(Settings):
+    """One MoE layer: kept widths per expert, tokens seen, and the share of energy that was kept."""
+
+    layer: str
+    expert_d_ff: tuple[int, ...]
+    shared_d_ff: tuple[int, ...]
+    tokens_per_expert: tuple[int, ...]
+    energy_kept: float
+
+    @property
+    def unseen_experts(self) -> tuple[int, ...]:
+        """Experts that no calibration token was routed to: their ranking is by index alone."""
+        return tuple(e for e, tokens in enumerate(self.tokens_per_expert) if tokens == 0)
+
+
+class CompressionReport(Settings):
+    """A whole compression. Shares are of micro-experts (λ) and of all stored bytes."""
+
+    version: int = 1
+    model: str
+    recipe: Recipe
+    fingerprint: Mapping[str, str]
+    expert_bytes_before: int
+    expert_bytes_after: int
+    total_bytes_before: int
+    total_bytes_after: int
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def removed_of_experts(self) -> float:
+        """Share of expert bytes removed: λ, up to alignment."""
+        return 1 - self.expert_bytes_after / self.expert_bytes_before
+
+    @property
+    def removed_of_all(self) -> float:
+        """Share of all bytes of the model removed."""
+        return 1 - self.total_bytes_after / self.total_bytes_before

@@ -1,0 +1,75 @@
+"""What a compression will write, hold and take, for `--dry-run` and the disk check."""
+
+import time
+
+import torch
+
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.layout import kept_micro_experts
+from camera_serve.models import MoeStructure
+from camera_serve.recipe import Recipe, Settings
+from camera_serve.runtime import compute_dtype
+from camera_serve.streaming import TOKENS_PER_BATCH
+
+
+class Estimate(Settings):
+    """Bytes are exact for the output, upper estimates for memory; seconds are a rough guide."""
+
+    output_bytes: int
+    expert_bytes_before: int
+    expert_bytes_after: int
+    total_bytes_before: int
+    disk_bytes: int
+    peak_memory_bytes: int
+    calibration_tokens: int
+    seconds: float
+
+
+def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> Estimate:
+    """Sizes from the headers alone; the time from a short matrix product on `device`."""
+    structure = checkpoint.structure
+    dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
+    kept = kept_micro_experts(recipe.plan, structure.micro_experts_per_layer, recipe.align)
+    after = checkpoint.expert_bytes * kept // structure.micro_experts_per_layer
+    tokens = recipe.calibration.samples * recipe.calibration.seq_len
+    hidden = tokens * structure.d_model * dtype.itemsize
+    output = checkpoint.total_bytes - checkpoint.expert_bytes + after
+    return Estimate(
+        output_bytes=output,
+        expert_bytes_before=checkpoint.expert_bytes,
+        expert_bytes_after=after,
+        total_bytes_before=checkpoint.total_bytes,
+        # The activations are on disk twice for a moment: the new ones, then the rename.
+        disk_bytes=output + 2 * hidden,
+        peak_memory_bytes=_peak_memory(checkpoint, dtype, hidden),
+        calibration_tokens=tokens,
+        seconds=_flops(structure, recipe, tokens) / _flops_per_second(structure, dtype, device),
+    )
+
+
+def _peak_memory(checkpoint: Checkpoint, dtype: torch.dtype, hidden: int) -> int:
+    structure = checkpoint.structure
+    weights = structure.micro_experts_per_layer * 3 * structure.d_model
+    layer = weights * (2 * dtype.itemsize + 2)
+    batch = TOKENS_PER_BATCH * structure.top_k * (structure.d_model + 3 * structure.d_ff) * 4
+    return layer + 2 * hidden + batch
+
+
+def _flops(structure: MoeStructure, recipe: Recipe, tokens: int) -> float:
+    """Two passes over the attention and gate/up, one over the kept down (Algorithm 2)."""
+    routed = structure.top_k * structure.d_ff + structure.shared_d_ff
+    attention = 2 * (4 * structure.d_model**2 + 2 * structure.d_model * recipe.calibration.seq_len)
+    per_token = 2 * attention + 2 * routed * structure.d_model * (2 + 3 * (1 - recipe.plan.pruned))
+    return tokens * per_token * structure.num_layers
+
+
+def _flops_per_second(structure: MoeStructure, dtype: torch.dtype, device: torch.device) -> float:
+    rows = 512
+    x = torch.ones(rows, structure.d_model, dtype=dtype, device=device)
+    weight = torch.ones(structure.d_ff, structure.d_model, dtype=dtype, device=device)
+    (x @ weight.T).sum().item()
+    start = time.perf_counter()
+    for _ in range(3):
+        product = x @ weight.T
+    product.sum().item()
+    return 3 * 2 * rows * weight.numel() / (time.perf_counter() - start)

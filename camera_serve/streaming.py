@@ -1,0 +1,165 @@
+"""One decoder layer at a time: weights read lazily, run on all calibration tokens, then dropped.
+
+The peak is one layer and the activations, whatever the model's size. transformers runs the
+attention and the router; only the experts are ours, behind the interface every family shares:
+`experts(hidden_states, top_k_index, top_k_weights)`.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.kernels import RaggedLayer, ragged_moe
+from camera_serve.models.structure import PROJECTIONS
+
+TOKENS_PER_BATCH = 16384
+"""Tokens run through a layer at once: enough to fill a GPU, small beside one layer's weights."""
+
+
+class RoutedExperts(nn.Module):
+    """A ragged layer behind the experts interface of transformers."""
+
+    def __init__(self, layer: RaggedLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`[num_tokens, d_model]`, `[num_tokens, top_k]` twice -> `[num_tokens, d_model]`."""
+        return ragged_moe(hidden_states, top_k_weights, top_k_index, self.layer)
+
+
+@dataclass(frozen=True)
+class StreamedLayer:
+    """One decoder layer with its weights loaded. `experts` is None for a dense layer."""
+
+    module: Any
+    experts: RaggedLayer | None
+    shared: Any = None
+    shared_gate: torch.Tensor | None = None
+
+    def use_experts(self, experts: nn.Module) -> None:
+        """Run `experts` where the family's own experts module stood."""
+        self.module.mlp.experts = experts
+
+
+class ModelStream:
+    """A model whose decoder layers are loaded one by one.
+
+    `dtype` is what the activations and weights are computed in.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        self.structure = checkpoint.structure
+        self.device = device
+        self.dtype = dtype
+        # transformers' own model forward runs a stack of one: it makes masks and rotary tables
+        # as the family wants them, and only its first `num_hidden_layers` layers are looked at.
+        config = copy.deepcopy(checkpoint.config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        self.stack = model.model
+        self.layers = list(self.stack.layers)
+        self.layer_types = list(getattr(config, "layer_types", None) or [])
+        self.keep_float32 = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        self.stack.norm = nn.Identity()
+        self.stack.rotary_emb = type(self.stack.rotary_emb)(config=config).to(device)
+        self.stack.config.num_hidden_layers = 1
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token embeddings: int64 `[samples, seq_len]` -> `[samples, seq_len, d_model]` on CPU."""
+        weight = self.checkpoint.get("model.embed_tokens.weight").to(self.dtype)
+        return nn.functional.embedding(tokens, weight)
+
+    def load(self, layer: int) -> StreamedLayer:
+        """Read one decoder layer onto the device."""
+        try:
+            return self._load(layer)
+        finally:
+            self.checkpoint.release()
+
+    def _load(self, layer: int) -> StreamedLayer:
+        module = copy.deepcopy(self.layers[layer])
+        has_experts = layer in self.structure.moe_layers
+        if has_experts:
+            module.mlp.experts = nn.Identity()
+        module.load_state_dict(self._weights(layer, module), assign=True)
+        if not has_experts:
+            return StreamedLayer(module, None)
+        experts = self._experts(layer)
+        family = self.structure.family
+        if not self.structure.shared_d_ff or not family.shared_name:
+            return StreamedLayer(module, experts)
+        gate = getattr(module.mlp, family.shared_gate_name) if family.shared_gate_name else None
+        shared = getattr(module.mlp, family.shared_name)
+        return StreamedLayer(module, experts, shared, None if gate is None else gate.weight)
+
+    def run(self, layer: int, loaded: StreamedLayer, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's outputs for all samples, `[samples, seq_len, d_model]` on CPU."""
+        return torch.cat(list(self.outputs(layer, loaded, hidden)))
+
+    @torch.inference_mode()
+    def outputs(
+        self, layer: int, loaded: StreamedLayer, hidden: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """The layer's outputs, batch by batch of about `TOKENS_PER_BATCH` tokens."""
+        self.stack.layers = nn.ModuleList([loaded.module])
+        if self.layer_types:
+            self.stack.config.layer_types = [self.layer_types[layer]]
+        for batch in hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1])):
+            inputs = batch.to(self.device)
+            yield self.stack(inputs_embeds=inputs, use_cache=False).last_hidden_state.cpu()
+
+    def _weights(self, layer: int, module: nn.Module) -> dict[str, torch.Tensor]:
+        prefix = self.structure.to_hf_name(self.structure.layer_prefix(layer))
+        weights = {}
+        for name in module.state_dict():
+            on_disk = self.structure.to_checkpoint_name(f"{prefix}.{name}")
+            exact = name.endswith(self.keep_float32) if self.keep_float32 else False
+            dtype = torch.float32 if exact else self.dtype
+            weights[name] = self.checkpoint.get(on_disk).to(self.device, dtype)
+        return weights
+
+    def _experts(self, layer: int) -> RaggedLayer:
+        d_ff, num_experts = self.structure.d_ff, self.structure.num_experts
+        shape = (num_experts, d_ff, self.structure.d_model)
+        gate, up, down = torch.empty((3, *shape), dtype=self.dtype, device=self.device)
+        for expert in range(num_experts):
+            for projection, matrix in zip(PROJECTIONS, (gate, up, down), strict=True):
+                name = f"{self.structure.expert_prefix(layer, expert, projection)}.weight"
+                weight = self.checkpoint.get(name)
+                matrix[expert].copy_(weight.T if projection == "down" else weight)
+        offsets = tuple(d_ff * expert for expert in range(num_experts + 1))
+        return RaggedLayer(gate.flatten(0, 1), up.flatten(0, 1), down.flatten(0, 1), offsets)
+
+
+def select_rows(layer: RaggedLayer, kept: list[torch.Tensor]) -> RaggedLayer:
+    """The ragged layer of the kept micro-experts (Algorithm 2, line 13).
+
+    kept: for each expert, int64 indices into its own micro-experts, in the order to keep.
+    """
+    rows = torch.cat([k + start for k, start in zip(kept, layer.offsets, strict=False)])
+    rows = rows.to(layer.gate.device)
+    widths = torch.tensor([0, *(len(k) for k in kept)]).cumsum(0)
+    return replace(
+        layer,
+        gate=layer.gate[rows],
+        up=layer.up[rows],
+        down=layer.down[rows],
+        offsets=tuple(widths.tolist()),
+    )
+
+
+def select_shared(shared: Any, kept: torch.Tensor) -> None:
+    """Narrow a shared expert's three linear layers to the kept micro-experts, in place."""
+    kept = kept.to(shared.gate_proj.weight.device)
+    for linear, dim in ((shared.gate_proj, 0), (shared.up_proj, 0), (shared.down_proj, 1)):
+        linear.weight = nn.Parameter(linear.weight.index_select(dim, kept), requires_grad=False)

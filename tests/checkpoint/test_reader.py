@@ -1,0 +1,177 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from camera_serve.checkpoint.reader import Checkpoint, resolve
+from camera_serve.errors import CheckpointError, UnsupportedModelError
+from tests import tiny_models
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reader") / "model"
+    return tiny_models.save("qwen2_moe", path, max_shard_size="200KB")
+
+
+@pytest.fixture
+def model(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "model"))
+
+
+def first_shard(model: Path) -> Path:
+    return sorted(model.glob("*.safetensors"))[0]
+
+
+def test_tensors_are_read_from_the_shard_that_holds_them(model: Path) -> None:
+    checkpoint = Checkpoint.open(model)
+    assert len({entry.file for entry in checkpoint.entries.values()}) > 2
+    for name, entry in checkpoint.entries.items():
+        assert checkpoint.get(name).equal(load_file(entry.file)[name])
+
+
+def test_expert_bytes_count_routed_and_shared_experts(model: Path) -> None:
+    # 2 layers × (8 experts × 64 + 96 shared) micro-experts × 3 vectors of 64 bf16 weights.
+    assert Checkpoint.open(model).expert_bytes == 2 * (8 * 64 + 96) * 3 * 64 * 2
+
+
+def test_a_missing_shard_is_named(model: Path) -> None:
+    shard = first_shard(model)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):
+        Checkpoint.open(model)
+
+
+def test_a_truncated_shard_is_named(model: Path) -> None:
+    shard = first_shard(model)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"{shard.name} is truncated or not a safetensors"):
+        Checkpoint.open(model)
+
+
+def test_a_file_that_is_no_safetensors_is_named(model: Path) -> None:
+    shard = first_shard(model)
+    shard.write_bytes(b"PK\x03\x04" + b"\0" * 500)
+    with pytest.raises(CheckpointError, match=f"{shard.name} is truncated or not a safetensors"):
+        Checkpoint.open(model)
+
+
+def test_pickled_weights_are_never_opened(model: Path) -> None:
+    for file in model.glob("*.safetensors*"):
+        file.unlink()
+    torch.save({}, model / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*convert them to safetensors"):
+        Checkpoint.open(model)
+
+
+def test_an_index_that_points_outside_the_folder_is_refused(model: Path) -> None:
+    index = model / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"]["lm_head.weight"] = "../../other/model.safetensors"
+    index.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="no weight_map of plain file names"):
+        Checkpoint.open(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.1.mlp.experts.8.gate_proj.weight", "is not part of this model"),
+        ("model.layers.1.mlp.experts.3.gate_proj.bias", "is not part of this model"),
+        ("model.layers.0.input_layernorm.bias", "is not part of this model"),
+    ],
+)
+def test_an_extra_tensor_is_named(model: Path, name: str, message: str) -> None:
+    _edit(model, add={name: torch.zeros(4)})
+    with pytest.raises(CheckpointError, match=f"{name} {message}"):
+        Checkpoint.open(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.experts.5.down_proj.weight"],
+)
+def test_a_missing_tensor_is_named(model: Path, name: str) -> None:
+    _edit(model, drop=name)
+    with pytest.raises(CheckpointError, match=f"{name} .* is missing"):
+        Checkpoint.open(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.2.mlp.gate.weight"]
+)
+def test_tensors_that_no_engine_loads_may_stay(model: Path, name: str) -> None:
+    _edit(model, add={name: torch.zeros(4)})
+    Checkpoint.open(model)
+
+
+def test_fp8_weights_are_refused_with_the_remedy(model: Path) -> None:
+    name = "model.layers.0.mlp.experts.5.down_proj.weight"
+    tensor = load_file(Checkpoint.open(model).entries[name].file)[name]
+    _edit(model, add={name: tensor.to(torch.float8_e4m3fn)})
+    with pytest.raises(UnsupportedModelError, match="start from the 16-bit checkpoint"):
+        Checkpoint.open(model)
+
+
+def test_an_already_quantized_model_is_refused(model: Path) -> None:
+    _set_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UnsupportedModelError, match="already quantized with 'gptq'"):
+        Checkpoint.open(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            "'llama' .* not supported",
+        ),
+        ({"model_type": "brand_new_moe"}, "'brand_new_moe' is not understood"),
+        (
+            {"architectures": ["Qwen2MoeForSequenceClassification"]},
+            "SequenceClassification' is not",
+        ),
+        ({"num_experts": 0}, "is dense"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not understood"),
+        ({"model_type": 3}, "names no model_type"),
+    ],
+)
+def test_a_model_that_is_not_understood_is_refused_with_what_was_not(
+    model: Path, changes: dict[str, object], message: str
+) -> None:
+    _set_config(model, **changes)
+    with pytest.raises((UnsupportedModelError, CheckpointError), match=message):
+        Checkpoint.open(model)
+
+
+def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json is missing: this is not a model"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/model", "a/b/c", "not a name!"])
+def test_a_name_that_is_neither_folder_nor_hub_model_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError):
+        resolve(name)
+
+
+def _edit(model: Path, *, add: dict[str, torch.Tensor] | None = None, drop: str = "") -> None:
+    index = model / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    tensors: dict[str, torch.Tensor] = {}
+    for file in model.glob("*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    tensors |= add or {}
+    tensors.pop(drop, None)
+    save_file(tensors, model / "all.safetensors", metadata={"format": "pt"})
+    data["weight_map"] = dict.fromkeys(tensors, "all.safetensors")
+    index.write_text(json.dumps(data))
+
+
+def _set_config(model: Path, **changes: object) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))

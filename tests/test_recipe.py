@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from camera_serve.errors import RecipeError
+from camera_serve.recipe import Calibration, Recipe, TierPlan
+
+RECIPE = Recipe(plan=TierPlan.prune(0.4), calibration=Calibration(source="text.txt"))
+
+
+def test_prune_is_short_for_a_plan_of_16_and_0_bits() -> None:
+    assert TierPlan.prune(0.4) == TierPlan.parse("16:0.6,0:0.4")
+    assert TierPlan.prune(0.4).pruned == 0.4
+    assert TierPlan.prune(0.4).bits == (16,)
+
+
+def test_a_plan_prints_as_it_is_parsed() -> None:
+    assert str(TierPlan.parse("16:0.75,0:0.25")) == "16:0.75,0:0.25"
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_a_share_outside_0_to_1_is_refused_with_its_value(share: float) -> None:
+    with pytest.raises(RecipeError, match=f"--prune is {share}"):
+        TierPlan.prune(share)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("16:0.6,0:0.3", "must sum to 1, found 0.9"),
+        ("0:0.4,16:0.6", r"must fall from tier to tier, found \[0, 16\]"),
+        ("16:0.5,16:0.5", r"must fall from tier to tier, found \[16, 16\]"),
+        ("5:1", "5 bits cannot be served"),
+        ("0:1", "prunes whole layers"),
+        ("16", "is not a list of BITS:SHARE"),
+        ("16:x", "is not a list of BITS:SHARE"),
+        ("16:1.5,0:-0.5", "tiers|fraction"),
+        ("", "is not a list of BITS:SHARE"),
+    ],
+)
+def test_a_wrong_plan_is_refused_with_what_was_read(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        TierPlan.parse(text)
+
+
+def test_a_recipe_survives_its_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.dump())
+    assert Recipe.load(file) == RECIPE
+
+
+def test_an_unknown_setting_in_a_recipe_is_an_error_naming_it(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.dump() + "lambda: 0.4\n")
+    with pytest.raises(RecipeError, match="lambda: Extra inputs are not permitted"):
+        Recipe.load(file)
+
+
+@pytest.mark.parametrize(("content", "message"), [("[1", "is not YAML"), ("3", "valid dictionary")])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(file)
+
+
+def test_a_recipe_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml cannot be read"):
+        Recipe.load(tmp_path / "nowhere.yaml")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        RECIPE.alpha = 0.5  # type: ignore[misc]
