@@ -1,0 +1,95 @@
+"""The grid of a group of weights: a scale and a real-valued zero, `weight ≈ code · scale + zero`.
+
+A real zero, because with an integer one of the two levels of a 1-bit group is exactly 0.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+SHRINKS = 12
+"""Candidates for the clipped range, from the whole of it down to `SMALLEST_RANGE`."""
+
+SMALLEST_RANGE = 0.4
+REFINEMENTS = 3
+"""Least-squares fits of scale and zero to the codes, each followed by new codes."""
+
+SMALLEST_SCALE = 2.0**-24
+"""The smallest positive float16: a group of equal weights has no range, and no scale may be 0."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scale and zero of groups, float32 values that float16 holds exactly.
+
+    scale, zero: `[..., num_groups]`; levels: `[..., 1]` or broadcastable, the highest code.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    levels: torch.Tensor
+
+    def encode(self, weights: torch.Tensor) -> torch.Tensor:
+        """Codes nearest to `weights` `[..., num_groups, group]`, as float."""
+        scaled = (weights - self.zero[..., None]) / self.scale[..., None]
+        return scaled.round().clamp(min=0).minimum(self.levels[..., None])
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """The weights that codes `[..., num_groups, group]` stand for."""
+        return codes * self.scale[..., None] + self.zero[..., None]
+
+
+def fit_grid(weights: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor) -> Grid:
+    """The grid with the least weighted squared error: clipped ranges, then least squares.
+
+    weights: float32 `[..., num_groups, group]`; levels: `[..., num_groups]` or broadcastable,
+    `2**bits - 1`; importance: weight of each squared error, broadcastable to `weights`.
+    """
+    low, high = weights.amin(-1), weights.amax(-1)
+    best = _grid(low, (high - low) / levels, levels)
+    error = _error(best, weights, importance)
+    middle, half = (low + high) / 2, (high - low) / 2
+    for share in torch.linspace(1, SMALLEST_RANGE, SHRINKS).tolist()[1:]:
+        shrunk = _grid(middle - share * half, 2 * share * half / levels, levels)
+        best, error = _better(shrunk, best, error, weights, importance)
+    for _ in range(REFINEMENTS):
+        refit = _least_squares(best, weights, importance)
+        best, error = _better(refit, best, error, weights, importance)
+    return best
+
+
+def _grid(zero: torch.Tensor, scale: torch.Tensor, levels: torch.Tensor) -> Grid:
+    scale = scale.half().float().clamp(min=SMALLEST_SCALE)
+    return Grid(scale, zero.half().float(), levels)
+
+
+def _error(grid: Grid, weights: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    return ((grid.decode(grid.encode(weights)) - weights).square() * importance).sum(-1)
+
+
+def _better(
+    candidate: Grid,
+    best: Grid,
+    error: torch.Tensor,
+    weights: torch.Tensor,
+    importance: torch.Tensor,
+) -> tuple[Grid, torch.Tensor]:
+    """The better of two grids, group by group."""
+    challenge = _error(candidate, weights, importance)
+    wins = challenge < error
+    scale = torch.where(wins, candidate.scale, best.scale)
+    zero = torch.where(wins, candidate.zero, best.zero)
+    return Grid(scale, zero, best.levels), torch.minimum(challenge, error)
+
+
+def _least_squares(grid: Grid, weights: torch.Tensor, importance: torch.Tensor) -> Grid:
+    """Scale and zero that fit the present codes best, where the codes determine both."""
+    codes = grid.encode(weights)
+    mass = importance.expand_as(weights).sum(-1)
+    code_mean = (codes * importance).sum(-1) / mass
+    mean = (weights * importance).sum(-1) / mass
+    spread = codes - code_mean[..., None]
+    variance = (spread.square() * importance).sum(-1)
+    slope = (spread * weights * importance).sum(-1) / variance.clamp(min=1e-30)
+    scale = torch.where((variance > 1e-30) & (slope > 0), slope, grid.scale)
+    return _grid(mean - scale * code_mean, scale, grid.levels)
