@@ -183,6 +183,9 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
             tensor.copy_(0.2 * noise)
         elif "norm" in name and name.endswith("weight"):
             tensor.copy_(1 + 0.2 * noise)
+        elif name == "lm_head.bias":
+            # Phi has one, and stock vLLM loads it but never adds it to the logits.
+            tensor.zero_()
         elif name.endswith("bias"):
             tensor.copy_(0.3 * noise)
         elif "embed_tokens" in name:

@@ -121,6 +121,7 @@ FAMILIES: dict[str, Family] = {
                 ("scoring_func", ("softmax",)),
                 ("topk_method", ("greedy", "group_limited_greedy")),
                 ("norm_topk_prob", (False, None)),
+                ("mlp_bias", (False,)),
                 ("moe_layer_freq", (1,)),
             ),
             **_DEEPSEEK_NAMES,

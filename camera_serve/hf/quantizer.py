@@ -1,0 +1,107 @@
+"""The quantizer of the method `camera`: how `from_pretrained` loads a compressed checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightTransform
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from camera_serve.checkpoint.format import CameraQuantizationConfig
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.errors import CheckpointError
+from camera_serve.hf import experts
+from camera_serve.models import MoeStructure, describe
+
+logger = logging.get_logger(__name__)
+
+
+class CameraHfConfig(QuantizationConfigMixin):
+    """`CameraQuantizationConfig` in the form transformers passes around."""
+
+    quant_method = "camera"
+
+    def __init__(self, settings: CameraQuantizationConfig) -> None:
+        self.settings = settings
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Self:
+        """Parse config.json's `quantization_config`; raises `CheckpointError`."""
+        return cls(CameraQuantizationConfig.parse(config_dict))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object as it stands in config.json."""
+        return self.settings.model_dump(mode="json")
+
+
+class CameraHfQuantizer(HfQuantizer):
+    """Loads a compressed checkpoint as ragged experts and narrower shared experts."""
+
+    quantization_config: CameraHfConfig
+    structure: MoeStructure
+
+    def __init__(self, quantization_config: CameraHfConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        if not checkpoint_files:
+            raise CheckpointError(
+                "a camera model is loaded from its checkpoint folder only: pass the folder to "
+                "from_pretrained, without state_dict"
+            )
+        # transformers does not compare shapes when a quantizer is present, and only warns of
+        # missing tensors.
+        Checkpoint.open(Path(checkpoint_files[0]).parent)
+        self.structure = describe(model.config)
+        settings = self.quantization_config.settings
+        prefixes = [self.structure.moe_prefix(layer) for layer in self.structure.moe_layers]
+        layouts = {prefix: settings.layout(prefix) for prefix in prefixes}
+        experts.replace_moe_layers(model, self.structure, layouts)
+        self._dtypes = {name: param.dtype for name, param in model.named_parameters()}
+        return model
+
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Leave every layer whole: the family's plans would cut ragged experts as stacked ones."""
+        config.base_model_tp_plan = None
+        config.base_model_ep_plan = None
+        return config
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform]
+    ) -> list[WeightTransform]:
+        """Put ragged converters in the place of those that stack experts of equal width."""
+        kept = [c for c in weight_conversions if not _stacks_experts(c)]
+        return kept + experts.converters(self.structure)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        # With a quantizer present, transformers keeps the stored dtype of every renamed tensor.
+        for name, param in model.named_parameters():
+            param.data = param.data.to(self._dtypes[name])
+        return model
+
+    def is_serializable(self) -> bool:
+        """False: a compressed checkpoint is complete only as `camera-serve compress` wrote it."""
+        logger.warning(
+            "a camera model is not saved through save_pretrained: copy its checkpoint folder, or "
+            "turn it into an ordinary checkpoint with `camera-serve convert --to dense`"
+        )
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: the ragged kernels are for inference."""
+        return False
+
+
+def _stacks_experts(transform: WeightTransform) -> bool:
+    targets = transform.target_patterns
+    return isinstance(transform, WeightConverter) and any(".experts." in t for t in targets)

@@ -1,0 +1,1 @@
+"""Other checkpoint formats, one file each, on top of camera_serve."""

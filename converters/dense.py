@@ -1,0 +1,109 @@
+"""CAMERA-P back to an ordinary checkpoint: what was removed becomes zeros, any engine loads it."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from camera_serve.checkpoint.format import Shapes, dense_layout, expert_shapes
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.writer import (
+    ShardPlan,
+    copy_side_files,
+    publish,
+    require_space,
+    serving_config,
+    write_index,
+    write_json,
+    write_shard,
+)
+from camera_serve.errors import CheckpointError, OutputError
+
+
+def convert_to_dense(source: Path, output: Path) -> None:
+    """Write the compressed checkpoint `source` as a dense one, one layer in memory at a time.
+
+    An expert's kept micro-experts come first, in stored order, then zeros up to the original d_ff;
+    a zero micro-expert adds nothing to the layer's output (Eq. 2). `output` appears whole or not
+    at all. Raises `CheckpointError` for a source that is not pruned or contradicts its config,
+    `OutputError` when `output` exists or cannot be written.
+    """
+    checkpoint = Checkpoint.open(source)
+    _check_is_pruned(checkpoint)
+    partial = output.with_name(output.name + ".partial")
+    _check_is_free(output, partial)
+    shapes = _dense_expert_shapes(checkpoint)
+    require_space(output.parent, _dense_bytes(checkpoint, shapes))
+    _create(partial)
+    try:
+        _write(checkpoint, shapes, partial)
+        publish(partial, output)
+    except OSError as error:
+        raise OutputError(f"{partial} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_is_pruned(checkpoint: Checkpoint) -> None:
+    if checkpoint.quantization is None:
+        raise CheckpointError(
+            f"{checkpoint.path} has no camera quantization_config: it is a dense checkpoint already"
+        )
+    low_bits = [bits for bits in checkpoint.quantization.bits if bits != 16]
+    if low_bits:
+        raise CheckpointError(
+            f"{checkpoint.path} holds tiers of {low_bits} bits: only a pruned checkpoint (16 bits) "
+            "can be written as a dense one"
+        )
+
+
+def _check_is_free(output: Path, partial: Path) -> None:
+    if output.exists():
+        raise OutputError(f"{output} exists: choose another name")
+    if partial.exists():
+        raise OutputError(f"{partial} is left from another run: delete it, or choose another name")
+
+
+def _create(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be created: {error.strerror}") from error
+
+
+def _dense_expert_shapes(checkpoint: Checkpoint) -> dict[int, Shapes]:
+    """The original expert shapes of every MoE layer, shared experts included."""
+    structure = checkpoint.structure
+    layout = dense_layout(structure)
+    return {layer: expert_shapes(structure, layer, layout) for layer in structure.moe_layers}
+
+
+def _dense_bytes(checkpoint: Checkpoint, shapes: Mapping[int, Shapes]) -> int:
+    values = sum(torch.Size(shape).numel() for layer in shapes.values() for shape in layer.values())
+    return checkpoint.total_bytes - checkpoint.expert_bytes + values * checkpoint.dtype.itemsize
+
+
+def _write(checkpoint: Checkpoint, shapes: Mapping[int, Shapes], folder: Path) -> None:
+    plan = ShardPlan(checkpoint)
+    files: dict[str, list[str]] = {}
+    total_bytes = 0
+    for shard, names in enumerate(plan.shards):
+        experts = shapes.get(shard - 1, {})
+        tensors = {name: checkpoint.get(name) for name in names if name not in experts}
+        tensors |= {name: _padded(checkpoint, name, shape) for name, shape in experts.items()}
+        write_shard(folder / plan.file_name(shard), tensors)
+        files[plan.file_name(shard)] = list(tensors)
+        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    copy_side_files(checkpoint.path, folder)
+    write_index(folder, files, total_bytes)
+    write_json(folder / "config.json", serving_config(checkpoint, None))
+
+
+def _padded(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    if name not in checkpoint.entries:
+        return torch.zeros(shape, dtype=checkpoint.dtype)
+    kept = checkpoint.get(name)
+    padded = torch.zeros(shape, dtype=kept.dtype)
+    padded[: kept.shape[0], : kept.shape[1]] = kept
+    return padded

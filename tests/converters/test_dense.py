@@ -1,0 +1,134 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import camera_serve.hf  # noqa: F401
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.errors import CheckpointError, OutputError
+from converters.dense import convert_to_dense
+from tests import pruning, tiny_models
+
+# The ragged and the padded layer sum the same float32 terms in another order; logits have a
+# standard deviation of 4.
+FLOAT32 = {"rtol": 1e-4, "atol": 4e-4}
+
+
+def compress(tmp_path, family, widths=pruning.hostile):
+    dense = tiny_models.save(family, tmp_path / "dense")
+    kept = pruning.prune(dense, tmp_path / "camera", widths)
+    return dense, tmp_path / "camera", kept
+
+
+def all_tensors(path):
+    tensors = {}
+    for file in path.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def logits(path):
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor([[42, 71, 78, 78, 81, 9, 200, 31, 5, 310, 11, 63]])).logits
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_converted_model_equals_the_compressed_one(tmp_path, family):
+    _, compressed, _ = compress(tmp_path, family)
+    convert_to_dense(compressed, tmp_path / "out")
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(compressed), **FLOAT32)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_every_tensor_is_the_original_with_removed_micro_experts_as_zeros(tmp_path, family):
+    dense, compressed, kept = compress(tmp_path, family)
+    convert_to_dense(compressed, tmp_path / "out")
+    original, converted = all_tensors(dense), all_tensors(tmp_path / "out")
+    assert converted.keys() == original.keys()
+    for name, tensor in original.items():
+        assert converted[name].dtype == tensor.dtype
+        expected = tensor
+        if (expert := name.rsplit(".", 2)[0]) in kept:
+            rows, dim = kept[expert], 1 if name.endswith(("down_proj.weight", "w2.weight")) else 0
+            expected = torch.zeros_like(tensor)
+            expected.narrow(dim, 0, len(rows)).copy_(tensor.index_select(dim, rows))
+        torch.testing.assert_close(converted[name], expected, rtol=0, atol=0)
+
+
+def test_a_layer_that_kept_nothing_becomes_all_zeros(tmp_path):
+    _, compressed, _ = compress(tmp_path, "qwen2_moe", lambda expert, d_ff: 0)
+    convert_to_dense(compressed, tmp_path / "out")
+    converted = all_tensors(tmp_path / "out")
+    names = [n for n in converted if ".experts." in n or ".shared_expert." in n]
+    assert len(names) == 2 * (8 + 1) * 3
+    assert not any(converted[name].any() for name in names)
+
+
+def test_the_output_is_an_ordinary_checkpoint_with_a_tokenizer(tmp_path):
+    _, compressed, _ = compress(tmp_path, "phimoe")
+    convert_to_dense(compressed, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["architectures"] == ["PhiMoEForCausalLM"]
+    assert Checkpoint.open(tmp_path / "out").quantization is None
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    converted = all_tensors(tmp_path / "out")
+    assert index["weight_map"].keys() == converted.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in converted.values())
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("hi")["input_ids"] == [74, 75]
+
+
+def test_an_existing_output_is_refused_and_untouched(tmp_path):
+    _, compressed, _ = compress(tmp_path, "olmoe")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("keep")
+    with pytest.raises(OutputError, match="exists"):
+        convert_to_dense(compressed, tmp_path / "out")
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_foreign_partial_folder_is_refused_and_untouched(tmp_path):
+    _, compressed, _ = compress(tmp_path, "olmoe")
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(OutputError, match="left from another run"):
+        convert_to_dense(compressed, tmp_path / "out")
+    assert (tmp_path / "out.partial").exists()
+
+
+def test_a_dense_checkpoint_is_refused(tmp_path):
+    dense = tiny_models.save("olmoe", tmp_path / "dense")
+    with pytest.raises(CheckpointError, match="dense checkpoint already"):
+        convert_to_dense(dense, tmp_path / "out")
+
+
+def test_quantized_tiers_are_refused(tmp_path, monkeypatch):
+    _, compressed, _ = compress(tmp_path, "olmoe")
+    config = json.loads((compressed / "config.json").read_text())
+    config["quantization_config"]["bits"] = [3]
+    (compressed / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("camera_serve.checkpoint.format.SERVED_BITS", (16, 3, 0))
+    with pytest.raises(CheckpointError, match=r"tiers of \[3\] bits"):
+        convert_to_dense(compressed, tmp_path / "out")
+
+
+def test_a_checkpoint_that_lies_is_refused_and_leaves_nothing(tmp_path):
+    _, compressed, _ = compress(tmp_path, "olmoe")
+    tensors = load_file(compressed / "model.safetensors")
+    del tensors["model.layers.0.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, compressed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts\.2\.up_proj\.weight .* is missing"):
+        convert_to_dense(compressed, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["camera", "dense"]
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path):
+    _, compressed, _ = compress(tmp_path, "olmoe")
+    tensors = load_file(compressed / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.4.up_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, compressed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="NaN"):
+        convert_to_dense(compressed, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["camera", "dense"]

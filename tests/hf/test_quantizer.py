@@ -1,0 +1,200 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2MoeForCausalLM
+
+import camera_serve.hf
+from camera_serve.errors import CheckpointError
+from tests import pruning, tiny_models
+
+# Both models sum the same float32 terms in another order; logits have a standard deviation of 4
+# and the layers' rounding errors stay below 1e-4 of that.
+FLOAT32 = {"rtol": 1e-4, "atol": 4e-4}
+PROMPT = torch.tensor([[42, 71, 78, 78, 81, 9, 200, 31, 5, 310, 11, 63]])
+
+
+@pytest.fixture(params=tiny_models.FAMILIES)
+def family(request):
+    return request.param
+
+
+def compress(tmp_path, family, widths=pruning.hostile, **overrides):
+    dense = tiny_models.save(family, tmp_path / "dense", **overrides)
+    kept = pruning.prune(dense, tmp_path / "camera", widths)
+    return dense, tmp_path / "camera", kept
+
+
+def logits(model, tokens=PROMPT):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def test_logits_equal_the_original_with_the_same_micro_experts_zeroed(tmp_path, family):
+    dense, compressed, kept = compress(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32)
+    expected = logits(pruning.zeroed(dense, kept))
+    unpruned = logits(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32))
+    assert (expected - unpruned).abs().max() > 0.5
+    torch.testing.assert_close(logits(model), expected, **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [
+        lambda expert, d_ff: 0,
+        lambda expert, d_ff: d_ff,
+        lambda expert, d_ff: 1 if expert == 5 else 0,
+        lambda expert, d_ff: d_ff if expert == 0 else 0,
+    ],
+    ids=["nothing kept", "everything kept", "one micro-expert", "one expert holds all"],
+)
+@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral", "deepseek_v3"])
+def test_extreme_widths_give_the_zeroed_model(tmp_path, name, widths):
+    dense, compressed, kept = compress(tmp_path, name, widths)
+    model = AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(pruning.zeroed(dense, kept)), **FLOAT32)
+
+
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "olmoe", "deepseek", "deepseek_v3"])
+def test_plain_and_renormalised_routing_weights(tmp_path, name, norm_topk_prob):
+    dense, compressed, kept = compress(tmp_path, name, norm_topk_prob=norm_topk_prob)
+    model = AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(pruning.zeroed(dense, kept)), **FLOAT32)
+
+
+def test_generation_equals_the_zeroed_model(tmp_path, family):
+    dense, compressed, kept = compress(tmp_path, family)
+    tokenizer = AutoTokenizer.from_pretrained(compressed)
+    inputs = tokenizer("def main():", return_tensors="pt")
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    model = AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32)
+    generated = model.generate(inputs.input_ids, **options)
+    expected = pruning.zeroed(dense, kept).generate(inputs.input_ids, **options)
+    assert generated.tolist() == expected.tolist()
+    assert tokenizer.decode(generated[0]).startswith("def main():")
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, "auto"),
+    ],
+)
+def test_every_weight_has_the_asked_dtype(tmp_path, family, stored, asked):
+    _, compressed, _ = compress(tmp_path, family, dtype=stored)
+    model = AutoModelForCausalLM.from_pretrained(compressed, dtype=asked)
+    wanted = stored if asked == "auto" else asked
+    assert {p.dtype for p in model.parameters()} == {wanted}
+
+
+def test_experts_take_the_memory_of_what_was_kept(tmp_path):
+    _, compressed, kept = compress(tmp_path, "qwen2_moe")
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    held = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if ".experts." in name or ".shared_expert." in name
+    )
+    assert held == 3 * 64 * sum(len(rows) for rows in kept.values())
+
+
+def test_sharded_checkpoint_loads_the_same(tmp_path):
+    dense, compressed, kept = compress(tmp_path, "mixtral")
+    tensors = load_file(compressed / "model.safetensors")
+    (compressed / "model.safetensors").unlink()
+    weight_map = {}
+    for part in range(3):
+        file = f"model-{part + 1:05}-of-00003.safetensors"
+        names = sorted(tensors)[part::3]
+        save_file({n: tensors[n] for n in names}, compressed / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (compressed / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    model = AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(pruning.zeroed(dense, kept)), **FLOAT32)
+
+
+def _rewrite(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+NAME = "model.layers.1.mlp.experts.4.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(NAME), f"{NAME} .* is missing"),
+        (lambda t: t.update({NAME: t[NAME][:, :-1].contiguous()}), f"{NAME} has shape"),
+        (lambda t: t.update({NAME: t[NAME].T.contiguous()}), f"{NAME} has shape"),
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight .* is missing"),
+        (
+            lambda t: t.update(
+                {NAME.replace("down_proj.weight", "down_proj.bias"): torch.ones(64)}
+            ),
+            "down_proj.bias is not part of this model",
+        ),
+        (
+            lambda t: t.update({NAME.replace("experts.4", "experts.8"): torch.ones(64, 4)}),
+            "experts.8.* is not part of this model",
+        ),
+    ],
+    ids=["missing", "narrower", "transposed", "norm missing", "bias", "extra expert"],
+)
+def test_a_checkpoint_that_lies_is_refused_by_name(tmp_path, change, message):
+    _, compressed, _ = compress(tmp_path, "qwen2_moe")
+    _rewrite(compressed, change)
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(compressed)
+
+
+def test_negative_counts_in_the_config_are_refused(tmp_path):
+    _, compressed, _ = compress(tmp_path, "qwen2_moe")
+    config = json.loads((compressed / "config.json").read_text())
+    config["quantization_config"]["layers"]["model.layers.1.mlp"]["experts"][3] = [-1]
+    (compressed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"experts\[3\] counts \[-1\]"):
+        AutoModelForCausalLM.from_pretrained(compressed)
+
+
+def test_loading_from_a_state_dict_is_refused(tmp_path):
+    _, compressed, _ = compress(tmp_path, "qwen2_moe")
+    config = AutoConfig.from_pretrained(compressed)
+    tensors = load_file(compressed / "model.safetensors")
+    with pytest.raises(CheckpointError, match="from its checkpoint folder"):
+        Qwen2MoeForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
+
+
+def test_save_pretrained_is_refused_and_writes_nothing(tmp_path):
+    _, compressed, _ = compress(tmp_path, "qwen2_moe")
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    with pytest.raises(ValueError, match="camera and is not serializable"):
+        model.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_loaded_config_keeps_the_quantization_config(tmp_path):
+    _, compressed, _ = compress(tmp_path, "olmoe")
+    on_disk = json.loads((compressed / "config.json").read_text())["quantization_config"]
+    held = AutoModelForCausalLM.from_pretrained(compressed).config.to_dict()["quantization_config"]
+    assert held["layers"] == on_disk["layers"]
+    assert held["quant_method"] == "camera"
+
+
+def test_tensor_parallel_plans_leave_the_experts_whole(tmp_path):
+    _, compressed, _ = compress(tmp_path, "qwen2_moe")
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    assert not [name for name in model.tp_plan if "mlp" in name]
+
+
+def test_registration_is_repeatable():
+    camera_serve.hf.register()
+    camera_serve.hf.register()
