@@ -10,8 +10,9 @@ from pydantic import Field
 
 from camera_serve.calibration import calibration_tokens
 from camera_serve.checkpoint.reader import Checkpoint, resolve
-from camera_serve.checkpoint.workspace import check_output
+from camera_serve.checkpoint.workspace import check_output, refuse_overlap
 from camera_serve.checkpoint.writer import publish, write_json, write_shard
+from camera_serve.errors import OutputError
 from camera_serve.layout import rank
 from camera_serve.progress import OnProgress, Reporter
 from camera_serve.ranking import LayerEnergies, measure
@@ -68,6 +69,7 @@ def analyze(
     `camera_analysis.json`. The folder appears by rename.
     """
     source, output = resolve(str(model)), Path(output)
+    refuse_overlap(source, output)
     check_output(output, overwrite=overwrite)
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
@@ -126,9 +128,15 @@ def _write(output: Path, energies: dict[str, LayerEnergies], report: AnalysisRep
         tensors[f"{name}.shared"] = layer.shared
         tensors[f"{name}.tokens"] = layer.tokens
         tensors[f"{name}.ranking"] = rank(torch.cat(layer.per_expert))
-    partial = output.with_name(output.name + ".partial")
+    # Not `.partial`: that name belongs to an interrupted compression of the same output.
+    partial = output.with_name(output.name + ".analysis")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_shard(partial / "energies.safetensors", tensors)
-    write_json(partial / "camera_analysis.json", report.model_dump(mode="json"))
-    publish(partial, output)
+    try:
+        partial.mkdir(parents=True)
+        write_shard(partial / "energies.safetensors", tensors)
+        write_json(partial / "camera_analysis.json", report.model_dump(mode="json"))
+        publish(partial, output)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -31,6 +31,9 @@ def calibration_tokens(settings: Calibration, model: Path) -> torch.Tensor:
     tokenizer = load_tokenizer(model)
     text = "\n\n".join(read_documents(settings))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    # Without tokenizer files transformers builds one that knows no word of any text.
+    if text.strip() and not ids:
+        raise CalibrationError(f"{model} has no tokenizer: put the model's tokenizer files there")
     windows = len(ids) // settings.seq_len
     if windows < settings.samples:
         raise CalibrationError(_too_little(settings, len(ids), windows))
@@ -74,14 +77,19 @@ def _read_text(path: Path) -> list[str]:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)["text"]
+                text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError) as error:
                 raise CalibrationError(
                     f'{path}, line {number}: wanted an object with a "text" key ({error})'
                 ) from error
+            if not isinstance(text, str):
+                raise CalibrationError(
+                    f'{path}, line {number}: "text" is a {type(text).__name__}, wanted a string'
+                )
+            yield text
 
 
 def _read_parquet(path: Path) -> list[str]:
@@ -90,7 +98,8 @@ def _read_parquet(path: Path) -> list[str]:
     except ImportError as error:
         raise CalibrationError(_needs_extra(f"reading {path}")) from error
     try:
-        return parquet.read_table(path, columns=["text"])["text"].to_pylist()
+        column = parquet.read_table(path, columns=["text"])["text"]
+        return [str(text) for text in column.to_pylist() if text is not None]
     except (ArrowException, OSError, KeyError) as error:
         raise CalibrationError(f'{path}: wanted parquet with a "text" column ({error})') from error
 
@@ -120,8 +129,9 @@ def _needs_extra(what: str) -> str:
 
 def _too_little(settings: Calibration, found: int, windows: int) -> str:
     needed = settings.samples * settings.seq_len
+    fewer = f"use --samples {windows} or fewer, or " if windows else ""
     return (
         f"calibration text {settings.source!r} holds {found:,} tokens; {settings.samples} samples "
-        f"of {settings.seq_len} need {needed:,}: give more text, or use --samples {windows} or "
-        "fewer, or a shorter --seq-len"
+        f"of {settings.seq_len} need {needed:,}: give more text, or {fewer}use a shorter "
+        "--seq-len"
     )

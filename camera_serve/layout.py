@@ -4,6 +4,7 @@ The layout is the only thing that describes a ragged layer. Row order is expert 
 tier, and inside a tier by falling energy (Algorithm 2, lines 10-13; Algorithm 3, lines 5-8).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ def tier_counts(
     share of the layer, itself rounded to a multiple of `align`.
     """
     widths = [len(e) for e in energies]
-    _check_alignment(widths, align)
+    check_alignment(widths, align)
     order = rank(torch.cat(list(energies)))
     owner = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))[order]
     boundaries = _boundaries(plan, sum(widths), align)
@@ -104,10 +105,12 @@ def _round_to_total(
     return counts
 
 
-def _check_alignment(widths: list[int], align: int) -> None:
+def check_alignment(widths: Sequence[int], align: int) -> None:
+    """Refuse an `align` that does not divide every expert width, naming one that does."""
     for width in sorted(set(widths)):
         if width % align:
-            usable = max(a for a in (1, 2, 4, 8, 16, 32, 64) if width % a == 0)
+            common = math.gcd(*widths)
+            usable = max(a for a in (1, 2, 4, 8, 16, 32, 64) if common % a == 0)
             raise RecipeError(
                 f"align {align} does not divide the expert width {width}: use --align {usable}"
             )

@@ -6,12 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from camera_serve.calibration import calibration_tokens
 from camera_serve.checkpoint.card import model_card
-from camera_serve.checkpoint.format import CameraQuantizationConfig, LayerCounts
+from camera_serve.checkpoint.format import (
+    MARKER,
+    MARKER_FILE,
+    CameraQuantizationConfig,
+    LayerCounts,
+)
 from camera_serve.checkpoint.reader import DTYPES, Checkpoint, read_json, resolve
-from camera_serve.checkpoint.workspace import Workspace, differences
+from camera_serve.checkpoint.workspace import Workspace, differences, refuse_overlap
 from camera_serve.checkpoint.writer import (
     ShardPlan,
     copy_side_files,
@@ -22,7 +28,7 @@ from camera_serve.checkpoint.writer import (
     write_shard,
     write_text,
 )
-from camera_serve.errors import OutputError
+from camera_serve.errors import CheckpointError, OutputError
 from camera_serve.fingerprint import fingerprint
 from camera_serve.models.structure import PROJECTIONS
 from camera_serve.progress import OnProgress, Reporter
@@ -82,7 +88,7 @@ def compress(
     """
     source = resolve(str(model))
     output = Path(output)
-    _refuse_overlap(source, output)
+    refuse_overlap(source, output)
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
     target = pick_device(device)
@@ -96,25 +102,28 @@ def compress(
     workspace.start(print_, resume=resume, overwrite=overwrite)
     stream = ModelStream(checkpoint, target, dtype)
     run = _Run(checkpoint, recipe, stream, workspace, ShardPlan(checkpoint))
-    with run_log(workspace.path / "camera.log"):
-        _compress_layers(
-            run, tokens, Reporter(checkpoint.structure.num_layers, target, on_progress)
-        )
-        report = _write_rest(run, str(model), print_)
+    reporter = Reporter(checkpoint.structure.num_layers, target, on_progress)
+    try:
+        with run_log(workspace.path / "camera.log"):
+            _compress_layers(run, tokens, reporter)
+            report = _write_rest(run, str(model), print_)
+    except CheckpointError:
+        # A damaged model fails again at the same tensor: there is nothing to resume.
+        workspace.discard()
+        raise
     workspace.publish()
     return report
-
-
-def _refuse_overlap(source: Path, output: Path) -> None:
-    inside = output.resolve().is_relative_to(source.resolve())
-    if inside or source.resolve().is_relative_to(output.resolve()):
-        raise OutputError(f"output {output} and model {source} overlap: write somewhere else")
 
 
 def _finished(output: Path, wanted: dict[str, str]) -> CompressionReport | None:
     if not (output / "camera_report.json").exists():
         return None
-    report = CompressionReport.model_validate(read_json(output / "camera_report.json"))
+    try:
+        report = CompressionReport.model_validate(read_json(output / "camera_report.json"))
+    except ValidationError as error:
+        raise OutputError(
+            f"{output} holds a camera_report.json of another kind: choose another output"
+        ) from error
     if changed := differences(report.fingerprint, wanted):
         raise OutputError(
             f"{output} is finished, by another run: {changed}; choose another output, or "
@@ -240,6 +249,7 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
         layers={r.report.layer: r.counts for r in results if r.report and r.counts},
         recipe=run.recipe,
     )
+    write_json(folder / MARKER_FILE, MARKER)
     write_json(folder / "config.json", serving_config(checkpoint, quantization))
     return report
 

@@ -88,7 +88,7 @@ class Calibration(Settings):
     source: str
     samples: Annotated[int, Field(gt=0)] = 128
     seq_len: Annotated[int, Field(gt=1)] = 2048
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class Recipe(Settings):
@@ -108,7 +108,7 @@ class Recipe(Settings):
             return cls.model_validate(yaml.safe_load(path.read_text()))
         except OSError as error:
             raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe {path} is not YAML: {error}") from error
         except ValidationError as error:
             raise RecipeError(f"recipe {path}: {describe_errors(error)}") from error

@@ -5,7 +5,7 @@ import time
 import torch
 
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.layout import kept_micro_experts
+from camera_serve.layout import check_alignment, kept_micro_experts
 from camera_serve.models import MoeStructure
 from camera_serve.recipe import Recipe, Settings
 from camera_serve.runtime import compute_dtype
@@ -28,6 +28,8 @@ class Estimate(Settings):
 def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> Estimate:
     """Sizes from the headers alone; the time from a short matrix product on `device`."""
     structure = checkpoint.structure
+    shared = [structure.shared_d_ff] if structure.shared_d_ff else []
+    check_alignment([structure.d_ff, *shared], recipe.align)
     dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
     kept = kept_micro_experts(recipe.plan, structure.micro_experts_per_layer, recipe.align)
     after = checkpoint.expert_bytes * kept // structure.micro_experts_per_layer

@@ -65,6 +65,7 @@ def prune(dense: Path, output: Path, widths: Widths = hostile, *, seed: int = 0)
         "recipe": RECIPE,
     }
     (output / "config.json").write_text(json.dumps(config))
+    (output / "hf_quant_config.json").write_text('{"quant_method": "camera"}')
     return kept
 
 

@@ -20,6 +20,12 @@ from camera_serve.recipe import SERVED_BITS, Recipe, Settings, describe_errors
 FORMAT: Literal[1] = 1
 GROUP_SIZE = 128
 
+MARKER_FILE = "hf_quant_config.json"
+MARKER = {"quant_method": "camera"}
+"""vLLM reads this file only when config.json has no `quantization_config`. A checkpoint whose
+config.json was replaced by the dense model's then meets our plugin, which refuses it, and not
+vLLM's dense loader, which takes narrower experts without a word."""
+
 Shapes = dict[str, tuple[int, ...]]
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from camera_serve.checkpoint.reader import read_json
-from camera_serve.checkpoint.writer import publish, write_json
+from camera_serve.checkpoint.writer import publish, write_json, write_shard
 from camera_serve.errors import OutputError
 
 Fingerprint = Mapping[str, str]
@@ -54,11 +53,7 @@ class Workspace:
     def commit(self, layer: int, result: Mapping[str, object], hidden: torch.Tensor) -> None:
         """Record a finished layer: its result, then the activations that enter the next one."""
         write_json(self._result(layer), dict(result))
-        temporary = self._hidden.with_suffix(".tmp")
-        save_file(
-            {"hidden": hidden.contiguous()}, temporary, metadata={"next_layer": str(layer + 1)}
-        )
-        temporary.replace(self._hidden)
+        write_shard(self._hidden, {"hidden": hidden}, {"next_layer": str(layer + 1)})
 
     def resume_point(self) -> tuple[int, torch.Tensor | None]:
         """The next layer to compress and its input; (0, None) when nothing is committed."""
@@ -70,6 +65,10 @@ class Workspace:
     def results(self, num_layers: int) -> list[dict[str, object]]:
         """The results of all layers, in order."""
         return [read_json(self._result(layer)) for layer in range(num_layers)]
+
+    def discard(self) -> None:
+        """Delete the folder: the run cannot be continued."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def publish(self) -> None:
         """Rename the folder to its final name; the state is dropped after that."""
@@ -93,6 +92,13 @@ def differences(found: Fingerprint, wanted: Fingerprint) -> str:
     """What two fingerprints disagree on, as `part: found X, now Y`; empty when they agree."""
     keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     return "; ".join(f"{key}: found {found.get(key)}, now {wanted.get(key)}" for key in keys)
+
+
+def refuse_overlap(source: Path, output: Path) -> None:
+    """Refuse an output inside the model's folder, or around it."""
+    inside = output.resolve().is_relative_to(source.resolve())
+    if inside or source.resolve().is_relative_to(output.resolve()):
+        raise OutputError(f"output {output} and model {source} overlap: write somewhere else")
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from camera_serve.checkpoint.format import CameraQuantizationConfig
+from camera_serve.checkpoint.format import MARKER_FILE, CameraQuantizationConfig
 from camera_serve.checkpoint.reader import INDEX, Checkpoint
 from camera_serve.errors import OutputError
 
 SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Tokenizer, chat template and generation settings; never code, never pickles."""
 
-GENERATED = {"config.json", INDEX, "camera_report.json"}
+GENERATED = {"config.json", MARKER_FILE, INDEX, "camera_report.json"}
 
 
 class ShardPlan:
@@ -39,16 +40,18 @@ class ShardPlan:
         return f"model-{shard + 1:05}-of-{len(self.shards):05}.safetensors"
 
 
-def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_shard(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write one safetensors file; it appears whole or not at all."""
     temporary = path.with_suffix(".tmp")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, temporary, metadata={"format": "pt"})
+        save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
         _sync(temporary)
         temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path} cannot be written: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

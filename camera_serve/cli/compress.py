@@ -1,0 +1,112 @@
+"""`camera-serve compress`: CAMERA on a model folder, into a checkpoint that vLLM serves."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from camera_serve.cli.formatting import human_bytes, human_seconds, percent
+from camera_serve.cli.options import (
+    CALIBRATION_FLAGS,
+    RUN_FLAGS,
+    output_option,
+    recipe_from,
+    with_flags,
+)
+from camera_serve.cli.progress import shown_progress
+
+if TYPE_CHECKING:
+    from camera_serve.recipe import Recipe
+    from camera_serve.report import CompressionReport
+    from camera_serve.sizing import Estimate
+
+
+@click.command(short_help="Compress a MoE model into a checkpoint that `vllm serve` loads.")
+@click.argument("model")
+@output_option
+@click.option(
+    "--prune", type=float, metavar="SHARE", help="Remove this share of each layer's micro-experts."
+)
+@click.option(
+    "--plan",
+    metavar="BITS:SHARE,…",
+    help="The tier plan, most important first: 16:0.6,0:0.4 is the same as --prune 0.4.",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="All settings from a file, such as the camera_recipe.yaml of an earlier run.",
+)
+@click.option(
+    "--align",
+    type=int,
+    default=32,
+    show_default=True,
+    help="Every expert's width is a multiple of this.",
+)
+@with_flags(CALIBRATION_FLAGS)
+@with_flags(RUN_FLAGS)
+@click.option("--dry-run", is_flag=True, help="Print sizes, memory, disk and time; write nothing.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run, to the same bytes.")
+@click.pass_context
+def compress(ctx: click.Context, model: str, output: Path, **flags: Any) -> None:
+    """Compress MODEL, a local folder or a hub name, into the new folder given with -o.
+
+    Exactly one of --prune, --plan and --recipe says what to remove.
+    """
+    recipe = recipe_from(ctx)
+    if flags["dry_run"]:
+        _estimate(model, recipe, flags["device"])
+        return
+    from camera_serve import compress as run
+
+    with shown_progress() as on_progress:
+        report = run(
+            model,
+            output,
+            recipe,
+            device=flags["device"],
+            resume=flags["resume"],
+            overwrite=flags["overwrite"],
+            on_progress=on_progress,
+        )
+    click.echo(_summary(report, output))
+
+
+def _estimate(model: str, recipe: "Recipe", device: str) -> None:
+    from camera_serve import estimate
+
+    click.echo(_estimate_summary(estimate(model, recipe, device=device)))
+    click.echo("nothing was written; next: the same command without --dry-run")
+
+
+def _estimate_summary(estimate: "Estimate") -> str:
+    experts = f"{human_bytes(estimate.expert_bytes_before)} -> "
+    lines = (
+        ("expert weights", experts + human_bytes(estimate.expert_bytes_after)),
+        ("checkpoint", human_bytes(estimate.output_bytes)),
+        ("peak memory", human_bytes(estimate.peak_memory_bytes)),
+        ("disk needed", human_bytes(estimate.disk_bytes)),
+        ("time", f"about {human_seconds(estimate.seconds)}"),
+    )
+    return "\n".join(f"{name:<15} {value}" for name, value in lines)
+
+
+def _summary(report: "CompressionReport", output: Path) -> str:
+    experts = _change(report.expert_bytes_before, report.expert_bytes_after)
+    total = _change(report.total_bytes_before, report.total_bytes_after)
+    lines = [f"{'expert weights':<15} {experts}", f"{'all weights':<15} {total}"]
+    unseen = {r.layer: len(r.unseen_experts) for r in report.layers if r.unseen_experts}
+    if unseen:
+        lines.append(
+            f"{sum(unseen.values())} experts in {len(unseen)} layers saw no calibration token and "
+            "were pruned first: give more calibration text if they matter"
+        )
+    lines.append(f"wrote {output}; next: vllm serve {output}")
+    return "\n".join(lines)
+
+
+def _change(before: int, after: int) -> str:
+    share = percent(1 - after / before)
+    return f"{human_bytes(before)} -> {human_bytes(after)} ({share} removed)"

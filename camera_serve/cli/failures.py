@@ -1,0 +1,56 @@
+"""The one place where a user's mistake becomes a line on stderr and an exit code."""
+
+import errno
+import sys
+from typing import IO, Any
+
+import click
+
+from camera_serve.errors import CameraError
+
+
+class Failure(click.ClickException):
+    """Shown as `error: …` in one paragraph; ends the command with its exit code."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Write the message to stderr."""
+        click.echo(f"error: {self.message}", file=file or sys.stderr)
+
+
+class Interrupted(Failure):
+    """The user stopped the command."""
+
+    exit_code = 130
+
+
+class FriendlyGroup(click.Group):
+    """A group that shows a known failure of any subcommand without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand; raises `Failure` where it raised something a user can act on."""
+        try:
+            return super().invoke(ctx)
+        except CameraError as error:
+            raise Failure(str(error)) from error
+        except KeyboardInterrupt as error:
+            raise Interrupted(_how_to_go_on(ctx.invoked_subcommand)) from error
+        except OSError as error:
+            # A closed pipe (`inspect OUT | head`) is no failure, and click ends it quietly.
+            if error.errno == errno.EPIPE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise Failure(f"{where}{error.strerror or error}") from error
+        except MemoryError as error:
+            raise Failure("out of memory: use fewer --samples or a shorter --seq-len") from error
+
+
+def _how_to_go_on(command: str | None) -> str:
+    if command == "compress":
+        return (
+            "interrupted: finished layers are kept beside the output folder; run the same command "
+            "with --resume to go on, or with --overwrite to start again"
+        )
+    return "interrupted: nothing was changed; run the same command again"

@@ -1,0 +1,89 @@
+"""`camera-serve inspect`: what a checkpoint holds."""
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from camera_serve.cli.formatting import human_bytes, percent, table
+from camera_serve.cli.options import json_option
+
+if TYPE_CHECKING:
+    from camera_serve.inspection import Inspection, LayerInspection
+
+LEAST_SEEN = 3
+HEADER = ("layer", "d_ff min", "median", "max", "empty", "shared", "removed", "bytes")
+
+
+@click.command(short_help="Show layers, kept expert widths and bytes of a checkpoint.")
+@click.argument("model", metavar="OUT")
+@json_option
+def inspect(model: str, as_json: bool) -> None:
+    """Show what the checkpoint OUT holds: experts' kept widths, bytes, least-seen experts.
+
+    OUT may be compressed or still dense.
+    """
+    from camera_serve.checkpoint.reader import resolve
+    from camera_serve.inspection import inspect as inspect_checkpoint
+
+    inspection = inspect_checkpoint(resolve(model))
+    if as_json:
+        click.echo(json.dumps(inspection.to_json(), indent=2))
+        return
+    click.echo(_summary(inspection))
+    click.echo()
+    click.echo(_layer_table(inspection))
+
+
+def _summary(inspection: "Inspection") -> str:
+    plan = inspection.plan or "none: a dense checkpoint"
+    lines = (
+        ("checkpoint", inspection.path),
+        ("model", _model(inspection)),
+        ("tier plan", plan),
+        ("removed", _removed(inspection)),
+        ("bytes", _sizes(inspection)),
+    )
+    return "\n".join(f"{name:<11} {value}" for name, value in lines)
+
+
+def _model(inspection: "Inspection") -> str:
+    return (
+        f"{inspection.model_type}, {len(inspection.layers)} of {inspection.num_layers} layers with "
+        f"{inspection.num_experts} experts (top-{inspection.top_k}), d_model {inspection.d_model}, "
+        f"original d_ff {inspection.d_ff}"
+    )
+
+
+def _removed(inspection: "Inspection") -> str:
+    return (
+        f"{percent(inspection.removed_share)} of the micro-experts, "
+        f"{percent(inspection.removed_parameter_share)} of all parameters"
+    )
+
+
+def _sizes(inspection: "Inspection") -> str:
+    total, experts = inspection.total_bytes, inspection.expert_bytes
+    return f"{human_bytes(total)} in all, {human_bytes(experts)} in experts"
+
+
+def _layer_table(inspection: "Inspection") -> str:
+    header: tuple[str, ...] = HEADER
+    rows: list[tuple[object, ...]] = [_layer_row(layer) for layer in inspection.layers]
+    if any(layer.tokens_per_expert is not None for layer in inspection.layers):
+        header = (*header, "least seen (expert: tokens)")
+        seen = [_least_seen(layer) for layer in inspection.layers]
+        rows = [(*row, cell) for row, cell in zip(rows, seen, strict=True)]
+    return table(header, rows)
+
+
+def _layer_row(layer: "LayerInspection") -> tuple[object, ...]:
+    low, median, high = layer.width_range
+    shared = ", ".join(map(str, layer.shared_d_ff)) or "-"
+    empty = layer.expert_d_ff.count(0)
+    removed, size = percent(layer.removed_share), human_bytes(layer.expert_bytes)
+    return (layer.layer, low, f"{median:g}", high, empty, shared, removed, size)
+
+
+def _least_seen(layer: "LayerInspection") -> str:
+    return ", ".join(f"{expert}: {tokens}" for expert, tokens in layer.least_seen(LEAST_SEEN))

@@ -1,0 +1,144 @@
+"""The flags that several commands share, and how they become frozen settings."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from camera_serve.recipe import Recipe, Settings, TierPlan
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+SettingsT = TypeVar("SettingsT", bound="Settings")
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+
+CALIBRATION_FLAGS = (
+    click.option(
+        "--calibration",
+        metavar="SOURCE",
+        default="wikitext2",
+        show_default=True,
+        help="Calibration text: a .txt, .jsonl or .parquet file, or wikitext2 or c4 from the hub.",
+    ),
+    click.option(
+        "--samples", type=int, default=128, show_default=True, help="Calibration windows."
+    ),
+    click.option(
+        "--seq-len", type=int, default=2048, show_default=True, help="Tokens in each window."
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Draws the windows."),
+    click.option(
+        "--alpha",
+        type=float,
+        default=0.95,
+        show_default=True,
+        help="Weight of the largest coefficient against the sum in a micro-expert's energy.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="auto",
+        show_default=True,
+        help="What the calibration pass computes in; auto is the model's own.",
+    ),
+)
+RUN_FLAGS = (
+    click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True),
+    click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists."),
+)
+
+output_option = click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The folder to write; it must not exist.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def with_flags(flags: tuple[Callable[[Command], Command], ...]) -> Callable[[Command], Command]:
+    """A decorator that adds `flags` to a command, in their order."""
+
+    def decorate(command: Command) -> Command:
+        for flag in reversed(flags):
+            command = flag(command)
+        return command
+
+    return decorate
+
+
+def validated(settings: type[SettingsT], values: dict[str, Any]) -> SettingsT:
+    """Build settings from flag values; a bad value is a usage error that names its flag."""
+    from pydantic import ValidationError
+
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        raise click.UsageError(_by_flag(error)) from error
+
+
+def calibration_values(flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings `calibration`, `alpha` and `dtype` out of a command's flags."""
+    calibration = {name: flags[name] for name in ("samples", "seq_len", "seed")}
+    return {
+        "calibration": {"source": flags["calibration"], **calibration},
+        "alpha": flags["alpha"],
+        "dtype": flags["dtype"],
+    }
+
+
+def recipe_from(ctx: click.Context) -> "Recipe":
+    """The recipe a `compress` command line asks for: a file, or its flags."""
+    from camera_serve.recipe import Recipe
+
+    flags = ctx.params
+    given = [name for name in ("prune", "plan", "recipe") if flags[name] is not None]
+    if len(given) != 1:
+        found = " and ".join(f"--{name}" for name in given) or "none"
+        raise click.UsageError(f"Give exactly one of --prune, --plan and --recipe; found {found}.")
+    if given == ["recipe"]:
+        _refuse_flags_beside_recipe(ctx)
+        return Recipe.load(flags["recipe"])
+    values = calibration_values(flags) | {"plan": _plan(flags), "align": flags["align"]}
+    return validated(Recipe, values)
+
+
+def _plan(flags: dict[str, Any]) -> "TierPlan":
+    from camera_serve.errors import RecipeError
+    from camera_serve.recipe import TierPlan
+
+    try:
+        if flags["plan"] is not None:
+            return TierPlan.parse(flags["plan"])
+        return TierPlan.prune(flags["prune"])
+    except RecipeError as error:
+        flag = "--plan" if flags["plan"] is not None else "--prune"
+        raise click.BadParameter(str(error), param_hint=flag) from error
+
+
+def _refuse_flags_beside_recipe(ctx: click.Context) -> None:
+    decided = ("alpha", "align", "calibration", "samples", "seq_len", "seed", "dtype")
+    for name in decided:
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"{_flag(name)} is decided by the file of --recipe: change it there, or give the "
+                "settings as flags without --recipe."
+            )
+
+
+def _by_flag(error: "ValidationError") -> str:
+    lines = [
+        f"Invalid value for {_flag(str(item['loc'][-1]))}: {item['msg']}, found {item['input']!r}."
+        for item in error.errors()
+    ]
+    return " ".join(lines)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,48 @@
+"""Progress on stderr: plain lines in a log, a bar on a terminal."""
+
+import io
+import sys
+
+import pytest
+
+from camera_serve.cli.progress import shown_progress
+from camera_serve.progress import Progress
+
+REPORTS = (
+    Progress("compress", 0, 28, 0.4, None, 2**30),
+    Progress("compress", 7, 28, 70.0, 210.0, 3 * 2**29),
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_one_plain_line_per_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    with shown_progress() as on_progress:
+        for report in REPORTS:
+            on_progress(report)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "compress  0/28 layers  0 s, peak memory 1.0 GiB",
+        "compress  7/28 layers  1 min 10 s, 3 min 30 s left, peak memory 1.5 GiB",
+    ]
+
+
+def test_a_terminal_gets_a_bar_with_time_left_and_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    with shown_progress() as on_progress:
+        for report in REPORTS:
+            on_progress(report)
+    shown = terminal.getvalue()
+    assert "7/28" in shown
+    assert "3 min 30 s left, peak memory 1.5 GiB" in shown
+    assert "\x1b[" in shown
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,80 @@
+"""`camera-serve verify`: OK with the counts of what was dropped, or the tensor at fault."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import pruning, tiny_models
+from tests.cli.conftest import Run
+from tests.editing import Tensors, edit_weights
+
+
+@pytest.fixture
+def compressed(model: Path, tmp_path: Path) -> Path:
+    pruning.prune(model, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def _dropped_per_layer() -> int:
+    kept = sum(pruning.hostile(expert, 64) for expert in range(8)) + pruning.hostile(-1, 96)
+    return 8 * 64 + 96 - kept
+
+
+def test_dropped_micro_experts_are_counted_per_layer(
+    run: Run, model: Path, compressed: Path
+) -> None:
+    result = run("verify", compressed, "--against", model)
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines()[-2:]]
+    share = f"{100 * _dropped_per_layer() / (8 * 64 + 96):.1f}%"
+    for layer, row in enumerate(rows):
+        assert row == [str(layer), str(_dropped_per_layer()), "608", share, "1"]
+
+
+def test_without_an_original_only_the_tensors_are_judged(run: Run, compressed: Path) -> None:
+    result = run("verify", compressed)
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 1
+    assert result.stdout.startswith("OK: ")
+
+
+def test_json_lists_every_dropped_micro_expert(run: Run, model: Path, compressed: Path) -> None:
+    data = json.loads(run("verify", compressed, "--against", model, "--json").stdout)
+    for layer in data["layers"]:
+        assert layer["experts"][0] == list(range(64))
+        assert layer["num_dropped"] == _dropped_per_layer()
+        assert layer["num_dropped"] == sum(map(len, layer["experts"] + layer["shared"]))
+
+
+def test_an_altered_weight_is_one_error_that_names_tensor_and_row(
+    run: Run, model: Path, compressed: Path
+) -> None:
+    name = "model.layers.1.mlp.experts.4.gate_proj.weight"
+
+    def alter(tensors: Tensors) -> None:
+        tensors[name][11, 20] *= 2
+
+    edit_weights(compressed, alter)
+    assert run("verify", compressed).exit_code == 0
+    result = run("verify", compressed, "--against", model)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert f"{name}, row 11" in result.stderr
+
+
+def test_another_family_is_not_the_original(run: Run, compressed: Path, tmp_path: Path) -> None:
+    other = tiny_models.save("olmoe", tmp_path / "olmoe")
+    result = run("verify", compressed, "--against", other)
+    assert result.exit_code == 1
+    assert "config.json" in result.stderr
+
+
+def test_what_compress_writes_is_verified(
+    run: Run, model: Path, small: list[str], tmp_path: Path
+) -> None:
+    run("compress", model, "-o", tmp_path / "real", "--prune", 0.5, "--align", 8, *small)
+    result = run("verify", tmp_path / "real", "--against", model)
+    assert result.exit_code == 0, result.output
+    assert [line.split()[1] for line in result.stdout.splitlines()[-2:]] == ["304", "304"]
