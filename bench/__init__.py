@@ -1,0 +1,1 @@
+"""Demonstrations and measurements; uses `camera_serve`, never the other way round."""

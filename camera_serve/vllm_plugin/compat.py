@@ -1,0 +1,69 @@
+"""Everything that depends on vLLM's version; the rest of the plugin is the same for all of them.
+
+Up to 0.27 the CPU backend has no router: MoE methods get router logits there ("monolithic"), and
+vLLM swaps in a modular kernel under data + expert parallelism. From 0.28 on, every method gets
+routed tokens.
+"""
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.platforms import current_platform
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from camera_serve.checkpoint.format import Shapes
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+_CPU_ROUTING = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"
+
+
+class MoEMethodBase(FusedMoEMethodBase):
+    """vLLM's MoE method, where `apply` is all that a subclass needs in any version."""
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether vLLM leaves the routing to the method."""
+        return _routes_itself()
+
+    def apply_monolithic(
+        self,
+        layer: "RoutedExperts",
+        x: torch.Tensor,
+        router_logits: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Route with vLLM's own CPU routing, then `apply`."""
+        top_k_weights, top_k_ids = import_module(_CPU_ROUTING).select_experts(
+            hidden_states=x,
+            router_logits=router_logits,
+            use_grouped_topk=layer.use_grouped_topk,
+            top_k=layer.top_k,
+            renormalize=layer.renormalize,
+            topk_group=layer.topk_group,
+            num_expert_group=layer.num_expert_group,
+            custom_routing_function=layer.custom_routing_function,
+            scoring_func=layer.scoring_func,
+            routed_scaling_factor=layer.routed_scaling_factor,
+            e_score_correction_bias=layer.e_score_correction_bias,
+        )
+        return self.apply(layer, x, top_k_weights.float(), top_k_ids.int(), None, None)
+
+    def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
+        """No modular kernel: vLLM's plain dispatch and combine move the tokens."""
+
+
+def hub_shapes(model: str, revision: str | None) -> Shapes:
+    """Tensor shapes of a hub model from its safetensors headers; empty when it cannot be asked."""
+    metadata = get_safetensors_params_metadata(model, revision=revision)
+    return {name: tuple(info["shape"]) for name, info in metadata.items()}
+
+
+@cache
+def _routes_itself() -> bool:
+    return bool(current_platform.is_cpu()) and find_spec(_CPU_ROUTING) is not None

@@ -1,0 +1,111 @@
+"""The quantization method `camera` of vLLM: which layers are ragged, and who builds them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from camera_serve.checkpoint.format import CameraQuantizationConfig
+from camera_serve.errors import CheckpointError
+from camera_serve.models import Projection, describe
+from camera_serve.models.families import FAMILIES, Family
+from camera_serve.models.structure import PROJECTIONS
+from camera_serve.vllm_plugin.compat import hub_shapes
+from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
+from camera_serve.vllm_plugin.loading import check_folder, check_hub_model
+from camera_serve.vllm_plugin.moe import CameraMoEMethod
+
+
+class CameraConfig(QuantizationConfig):
+    """What `quantization_config` says, as vLLM asks for it. Pickled into every worker."""
+
+    def __init__(self, quantization: CameraQuantizationConfig) -> None:
+        super().__init__()
+        self.quantization = quantization
+        self._model_type = ""
+
+    @classmethod
+    def get_name(cls) -> str:
+        """`camera`, the `quant_method` of the checkpoints."""
+        return "camera"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """The dtypes the kernels compute in."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere, the oldest GPU with bfloat16."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "CameraConfig":
+        """Validate `quantization_config`; raises `CheckpointError` that names the key at fault."""
+        if "layers" not in config:
+            raise CheckpointError(
+                "config.json of this CAMERA checkpoint has lost its quantization_config, so the "
+                "widths of its experts are unknown: restore config.json from the original, or "
+                "compress the model again"
+            )
+        return cls(CameraQuantizationConfig.parse(config))
+
+    def maybe_update_config(
+        self,
+        model_name: str,
+        hf_config: PreTrainedConfig | None = None,
+        revision: str | None = None,
+    ) -> None:
+        """Compare counts, tensor names and shapes with the model, before anything is allocated.
+
+        Raises `CheckpointError` or `UnsupportedModelError`, which stop the server.
+        """
+        if hf_config is None:
+            raise CheckpointError(f"{model_name} gives vLLM no Hugging Face config.json")
+        structure = describe(hf_config)
+        self.quantization.check(structure)
+        self._model_type = structure.family.model_type
+        if Path(model_name).is_dir():
+            check_folder(Path(model_name))
+        else:
+            found = hub_shapes(model_name, revision)
+            check_hub_model(model_name, hf_config, structure, self.quantization, found)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Ragged methods for routed and shared experts, vLLM's own for all other layers."""
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix.removesuffix(".experts"))
+        if not isinstance(layer, LinearBase):
+            return None
+        module, _, linear = prefix.rpartition(".")
+        moe_prefix, _, name = module.rpartition(".")
+        if name and name == self._family.shared_name and moe_prefix in self.quantization.layers:
+            shared = self.quantization.layout(moe_prefix).shared
+            method = {"gate_up_proj": SharedGateUpMethod, "down_proj": SharedDownMethod}[linear]
+            return method(shared, module)
+        return UnquantizedLinearMethod()
+
+    @property
+    def _family(self) -> Family:
+        return FAMILIES[self._model_type]
+
+    def _experts_method(self, layer: RoutedExperts, moe_prefix: str) -> CameraMoEMethod:
+        projections = dict(zip(PROJECTIONS, self._family.projections, strict=True))
+
+        def name(expert: int, projection: Projection) -> str:
+            return f"{moe_prefix}.experts.{expert}.{projections[projection]}.weight"
+
+        counts = self.quantization.layout(moe_prefix).experts
+        return CameraMoEMethod(layer.moe_config, counts, moe_prefix, name)

@@ -1,0 +1,129 @@
+"""Shared experts in vLLM: linear layers that allocate their own, narrower width."""
+
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+
+from camera_serve.errors import CheckpointError
+from camera_serve.models import Projection
+from camera_serve.vllm_plugin.loading import RowLoader, TierCounts, padded_width, split_layer
+
+
+class _SharedExpertMethod(UnquantizedLinearMethod):
+    """One linear layer of a shared expert.
+
+    counts: `[tiers]` of the one shared MLP; module: `model.layers.3.mlp.shared_expert`. Ranks whose
+    share is smaller than the widest one's are padded with zeros, which add nothing.
+    """
+
+    projections: tuple[Projection, ...]
+
+    def __init__(self, counts: TierCounts, module: str) -> None:
+        super().__init__()
+        if len(counts) != 1:
+            raise CheckpointError(
+                f"quantization_config counts {len(counts)} shared experts for {module}, wanted 1: "
+                "all shared experts of a layer are one MLP"
+            )
+        self._counts = counts
+        self._module = module
+        self._loader: RowLoader | None = None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Refuse weights that never arrived, then hand over to vLLM's own matrices."""
+        if self._loader and get_current_vllm_config().load_config.load_format != "dummy":
+            self._loader.check_complete()
+        super().process_weights_after_loading(layer)
+
+    def _prepare(self, layer: LinearBase, d_model: int) -> int:
+        """Set up the loader; returns the width every rank allocates."""
+        tp_size, tp_rank = layer.tp_size, layer.tp_rank
+        split = split_layer(self._counts, tp_size=tp_size, tp_rank=tp_rank)
+        self._loader = RowLoader(split, self._name, d_model, self.projections)
+        return padded_width(split.d_ff[0], tp_size)
+
+    def _name(self, expert: int, projection: Projection) -> str:
+        return f"{self._module}.{projection}_proj.weight"
+
+
+class SharedGateUpMethod(_SharedExpertMethod):
+    """`gate_up_proj`: gate rows, then up rows."""
+
+    projections = ("gate", "up")
+
+    def create_weights(
+        self,
+        layer: MergedColumnParallelLinear,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Allocate `[2 * width, d_model]` of zeros and tell the layer its new sizes."""
+        width = self._prepare(layer, input_size)
+        layer.output_sizes = [width * layer.tp_size] * 2
+        layer.output_size = sum(layer.output_sizes)
+        layer.output_partition_sizes = [width, width]
+        layer.output_size_per_partition = 2 * width
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            layer.output_partition_sizes,
+            input_size,
+            layer.output_size,
+            params_dtype,
+            weight_loader=self._load,
+        )
+        layer.weight.data.zero_()
+
+    def _load(self, param: Parameter, loaded_weight: torch.Tensor, shard_id: int) -> None:
+        assert self._loader is not None
+        rows = param.data.unflatten(0, (2, -1))[shard_id]
+        self._loader.load(rows, loaded_weight, 0, self.projections[shard_id])
+
+
+class SharedDownMethod(_SharedExpertMethod):
+    """`down_proj`, stored as vLLM has it: `[d_model, width]`."""
+
+    projections = ("down",)
+
+    def create_weights(
+        self,
+        layer: RowParallelLinear,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Allocate `[d_model, width]` of zeros and tell the layer its new sizes."""
+        width = self._prepare(layer, output_size)
+        layer.input_size = width * layer.tp_size
+        layer.input_size_per_partition = width
+        super().create_weights(
+            layer,
+            width,
+            output_partition_sizes,
+            layer.input_size,
+            output_size,
+            params_dtype,
+            weight_loader=self._load,
+        )
+        layer.weight.data.zero_()
+
+    def _load(
+        self, param: Parameter, loaded_weight: torch.Tensor, shard_id: int | None = None
+    ) -> None:
+        assert self._loader is not None
+        self._loader.load(param.data.t(), loaded_weight, 0, "down")

@@ -1,0 +1,69 @@
+"""Tiny checkpoints that vLLM's own dense model of every family answers as transformers does."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests import editing, pruning, tiny_models
+from tests.e2e.engine import NUM_TOKENS, PROMPTS, Answer
+
+# Float32 on both sides, so only the order of sums differs: 4e-5 was the largest difference seen.
+# A single lost micro-expert moves these models' log-probabilities by far more.
+TOLERANCE = 5e-4
+
+# As published. With plain rotary tables vLLM's CPU kernel rotates MLA queries of 2 heads wrongly,
+# in the dense model just the same.
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"rope_parameters": _YARN},
+    "deepseek_v3": {"rope_parameters": _YARN},
+}
+
+
+def make(
+    family: str, folder: Path, widths: pruning.Widths = pruning.hostile
+) -> tuple[Path, torch.nn.Module]:
+    """A compressed checkpoint, and transformers' original model with the same rows zeroed."""
+    dense = tiny_models.save(family, folder / "dense", **_OVERRIDES.get(family, {}))
+    if family == "phimoe":
+        # vLLM leaves the bias of Phi's head out, in the dense model just the same.
+        editing.edit_weights(dense, lambda tensors: tensors["lm_head.bias"].zero_())
+    kept = pruning.prune(dense, folder / "pruned", widths)
+    return folder / "pruned", pruning.zeroed(dense, kept)
+
+
+@torch.no_grad()
+def expected(model: torch.nn.Module) -> list[torch.Tensor]:
+    """transformers' greedy answers: log-probabilities `[NUM_TOKENS, vocab]` for each prompt."""
+    answers = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(NUM_TOKENS):
+            rows = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+            tokens.append(int(rows[-1].argmax()))
+        answers.append(rows[-NUM_TOKENS:])
+    return answers
+
+
+def difference(answers: list[Answer], wanted: list[torch.Tensor]) -> float:
+    """Largest difference of the top-5 log-probabilities; the tokens must be the same."""
+    worst = 0.0
+    for answer, rows in zip(answers, wanted, strict=True):
+        assert answer.tokens == rows.argmax(-1).tolist()
+        for top, row in zip(answer.top, rows, strict=True):
+            found = torch.tensor(sorted(top.values(), reverse=True))
+            assert len(found) >= 5
+            same_rank = (found - row.topk(len(top)).values).abs().max().item()
+            same_token = max(abs(value - row[int(token)].item()) for token, value in top.items())
+            worst = max(worst, same_rank, same_token)
+    return worst

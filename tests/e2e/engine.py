@@ -1,0 +1,144 @@
+"""vLLM engines in a process of their own: `run` starts it, `python -m tests.e2e.engine` is it.
+
+One process serves many checkpoints one after another, because importing vLLM takes longer than
+building a tiny engine. The engines run eagerly and inside the process unless a job says otherwise.
+"""
+
+import gc
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ([5, 9, 200, 31, 7], [17] * 3 + [300, 4, 88, 90, 41, 250], list(range(40, 90)), [3])
+NUM_TOKENS = 8
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    # `apply_model` sends a function to the workers.
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Forked workers find vLLM imported.
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine: a checkpoint and the arguments of `vllm.LLM` beside the common ones."""
+
+    model: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Greedy tokens after one prompt, and the top-5 log-probabilities at each."""
+
+    tokens: list[int]
+    top: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Answers to `PROMPTS`, and the resident bytes of the routed experts on the first rank."""
+
+    answers: list[Answer]
+    expert_bytes: int
+
+
+def run(jobs: list[Job], folder: Path, **environment: str) -> list[Result]:
+    """Serve the jobs in one new process; fails with its output when it fails."""
+    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    with (folder / "log").open("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.engine", str(folder)],
+            cwd=ROOT,
+            env={**os.environ, **_ENVIRONMENT, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait()
+        finally:
+            # Workers outlive an engine that failed.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert code == 0, (folder / "log").read_text()[-6000:]
+    return [
+        Result([Answer(**answer) for answer in result["answers"]], result["expert_bytes"])
+        for result in json.loads((folder / "results.json").read_text())
+    ]
+
+
+def _serve(job: Job) -> Result:
+    from vllm import LLM, SamplingParams
+
+    _inspect_here(Path(job.model))
+    arguments = {"enforce_eager": True, "dtype": "float32", **job.arguments}
+    engine = LLM(
+        job.model, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=128, **arguments
+    )
+    outputs = engine.generate(
+        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+        SamplingParams(temperature=0, max_tokens=NUM_TOKENS, logprobs=5, ignore_eos=True),
+        use_tqdm=False,
+    )
+    expert_bytes = engine.apply_model(_expert_bytes)[0]
+    engine.llm_engine.engine_core.shutdown()
+    return Result([_answer(output.outputs[0]) for output in outputs], expert_bytes)
+
+
+def _answer(output: Any) -> Answer:
+    top = [{str(t): e.logprob for t, e in entries.items()} for entries in output.logprobs]
+    return Answer(list(output.token_ids), top)
+
+
+def _expert_bytes(model: Any) -> int:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    sizes = {}
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            # Wherever a second copy could hide, not only where the weights should be.
+            for owner in (vars(module), vars(module.quant_method), module._parameters):
+                for value in owner.values():
+                    if hasattr(value, "untyped_storage") and value.dim() > 1:
+                        storage = value.untyped_storage()
+                        sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _inspect_here(model: Path) -> None:
+    """Let vLLM look at the model class in this process: by default it starts one just for that."""
+    from vllm.model_executor.models.registry import _VLLM_MODELS, ModelRegistry
+
+    (architecture,) = json.loads((model / "config.json").read_text())["architectures"]
+    module, name = _VLLM_MODELS[architecture]
+    found = importlib.import_module(f"vllm.model_executor.models.{module}")
+    ModelRegistry.register_model(architecture, getattr(found, name))
+
+
+def _main(folder: Path) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    results = []
+    for job in json.loads((folder / "jobs.json").read_text()):
+        results.append(asdict(_serve(Job(**job))))
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

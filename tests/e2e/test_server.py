@@ -1,0 +1,81 @@
+"""`vllm serve` itself, with no flag that names the plugin, asked by the `openai` client."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from bench.serving import ServerError, served
+from tests import editing
+from tests.e2e import checkpoints
+from tests.e2e.engine import NUM_TOKENS, PROMPTS, Answer
+
+pytestmark = pytest.mark.e2e
+
+FLAGS = ("--max-model-len", "128", "--max-num-seqs", "8", "--dtype", "float32")
+MISSING = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [("qwen2_moe", ()), ("deepseek", ("--enforce-eager",))],
+    ids=["compiled", "eager"],
+)
+def test_answers_over_http_equal_the_original_with_the_same_rows_zeroed(
+    family: str, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    path, model = checkpoints.make(family, tmp_path)
+    with (
+        served(path, *FLAGS, *flags) as url,
+        OpenAI(base_url=url, api_key="none") as client,
+        ThreadPoolExecutor(len(PROMPTS)) as pool,
+    ):
+        answers = list(pool.map(lambda prompt: _ask(client, str(path), prompt), PROMPTS))
+    wanted = checkpoints.expected(model)
+    assert checkpoints.difference(answers, wanted) < checkpoints.TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (
+            lambda path: editing.edit_weights(path, lambda tensors: tensors.pop(MISSING)),
+            f"tensor {MISSING} [64, 64] is missing",
+        ),
+        (
+            lambda path: editing.edit_config(path, lambda c: c.pop("quantization_config")),
+            "has lost its quantization_config",
+        ),
+    ],
+    ids=["tensor", "quantization_config"],
+)
+def test_a_tampered_checkpoint_stops_the_server_and_is_named_last(
+    tamper: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    path, _ = checkpoints.make("qwen2_moe", tmp_path)
+    tamper(path)
+    with pytest.raises(ServerError) as caught, served(path, *FLAGS, "--enforce-eager"):
+        pass
+    assert message in str(caught.value).splitlines()[-1]
+
+
+def _ask(client: OpenAI, model: str, prompt: list[int]) -> Answer:
+    reply = client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=NUM_TOKENS,
+        temperature=0,
+        logprobs=5,
+        extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
+    )
+    logprobs = reply.choices[0].logprobs
+    assert logprobs is not None
+    tokens = [int(_id(token)) for token in logprobs.tokens or []]
+    top = [{_id(t): p for t, p in each.items()} for each in logprobs.top_logprobs or []]
+    return Answer(tokens, top)
+
+
+def _id(token: str) -> str:
+    return token.removeprefix("token_id:")

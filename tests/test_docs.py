@@ -1,0 +1,77 @@
+"""Every command and Python example of the README runs, on a tiny model.
+
+Substituted: the names `MODEL`, `OUT`, `DIR` and `TEXT` by paths. The calibration is cut to a few
+short windows, and each example finds a machine where its output folder does not exist yet, unless
+it says `--resume` or `--overwrite`. What needs a server is run by the tests in `tests/e2e`.
+"""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bench import quality
+from camera_serve.cli import main
+from tests import tiny_models
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SHORT_CALIBRATION = ["--samples", "4", "--seq-len", "64"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    joined = "".join(blocks("console")).replace("\\\n", " ")
+    return [line for line in joined.splitlines() if line]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("readme")
+    tiny_models.save("qwen2_moe", folder / "model")
+    (folder / "text.txt").write_text(README)
+    paths = {"MODEL": "model", "TEXT": "text.txt", "OUT": "out", "DIR": "dir"}
+    return {name: str(folder / path) for name, path in paths.items()}
+
+
+def substituted(text: str, names: dict[str, str]) -> str:
+    return re.sub(r"\b(MODEL|TEXT|OUT|DIR)\b", lambda match: names[match[1]], text)
+
+
+def run(command: str, names: dict[str, str]) -> None:
+    arguments = shlex.split(substituted(command, names))[1:]
+    if arguments[0] in ("compress", "analyze") and "--recipe" not in arguments:
+        arguments += SHORT_CALIBRATION
+    if "-o" in arguments and not {"--resume", "--overwrite"} & set(arguments):
+        shutil.rmtree(arguments[arguments.index("-o") + 1], ignore_errors=True)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, f"{command}\n{result.output}"
+
+
+def test_every_command_runs(names: dict[str, str]) -> None:
+    ours = [command for command in commands() if command != "vllm serve OUT"]
+    assert {command.split()[0] for command in ours} == {"camera-serve"}
+    assert {command.split()[1] for command in ours} == set(main.commands)
+    for command in ours:
+        run(command, names)
+    assert Path(names["OUT"], "config.json").is_file()
+
+
+def test_python_examples_run(names: dict[str, str]) -> None:
+    run("camera-serve compress MODEL -o OUT --prune 0.4 --calibration TEXT --overwrite", names)
+    compress, load, client = blocks("python")
+    shutil.rmtree(names["OUT"])
+    exec(substituted(compress, names).replace("samples=128", "samples=4, seq_len=64"), {})
+    exec(substituted(load, names), {})
+    compile(client, "README.md", "exec")
+
+
+def test_table_holds_the_stored_figures() -> None:
+    table = quality.render(quality.stored(quality.RESULTS))
+    assert quality.with_table(README, table) == README
