@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
@@ -62,6 +63,11 @@ def hub_shapes(model: str, revision: str | None) -> Shapes:
     """Tensor shapes of a hub model from its safetensors headers; empty when it cannot be asked."""
     metadata = get_safetensors_params_metadata(model, revision=revision)
     return {name: tuple(info["shape"]) for name, info in metadata.items()}
+
+
+def weights_are_read() -> bool:
+    """Whether this engine reads a checkpoint: `--load-format dummy` fills in random numbers."""
+    return bool(get_current_vllm_config().load_config.load_format != "dummy")
 
 
 @cache

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearBase,
     MergedColumnParallelLinear,
@@ -14,7 +13,8 @@ from vllm.model_executor.layers.linear import (
 
 from camera_serve.errors import CheckpointError
 from camera_serve.models import Projection
-from camera_serve.vllm_plugin.loading import RowLoader, TierCounts, padded_width, split_layer
+from camera_serve.vllm_plugin.compat import weights_are_read
+from camera_serve.vllm_plugin.loading import RowLoader, TierCounts, padded_rows, split_layer
 
 
 class _SharedExpertMethod(UnquantizedLinearMethod):
@@ -39,7 +39,7 @@ class _SharedExpertMethod(UnquantizedLinearMethod):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Refuse weights that never arrived, then hand over to vLLM's own matrices."""
-        if self._loader and get_current_vllm_config().load_config.load_format != "dummy":
+        if self._loader and weights_are_read():
             self._loader.check_complete()
         super().process_weights_after_loading(layer)
 
@@ -48,7 +48,7 @@ class _SharedExpertMethod(UnquantizedLinearMethod):
         tp_size, tp_rank = layer.tp_size, layer.tp_rank
         split = split_layer(self._counts, tp_size=tp_size, tp_rank=tp_rank)
         self._loader = RowLoader(split, self._name, d_model, self.projections)
-        return padded_width(split.d_ff[0], tp_size)
+        return padded_rows(self._counts, tp_size)
 
     def _name(self, expert: int, projection: Projection) -> str:
         return f"{self._module}.{projection}_proj.weight"

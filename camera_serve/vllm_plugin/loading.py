@@ -76,9 +76,10 @@ def split_layer(
     return RankSplit(d_ff=tuple(sum(tiers) for tiers in counts), runs=tuple(runs))
 
 
-def padded_width(width: int, tp_size: int) -> int:
-    """Rows for any rank's share of `width`; at least one, as vLLM's CPU GEMM dies of 0 rows."""
-    return max(1, -(-width // tp_size))
+def padded_rows(counts: TierCounts, tp_size: int) -> int:
+    """Rows of the largest rank; at least one, as vLLM's CPU GEMM dies of a matrix without rows."""
+    splits = (split_layer(counts, tp_size=tp_size, tp_rank=rank) for rank in range(tp_size))
+    return max(1, *(split.num_rows for split in splits))
 
 
 class RowLoader:

@@ -15,7 +15,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from camera_serve.errors import ServingError
 from camera_serve.kernels import RaggedLayer, ragged_moe
 from camera_serve.models import Projection
-from camera_serve.vllm_plugin.compat import MoEMethodBase
+from camera_serve.vllm_plugin.compat import MoEMethodBase, weights_are_read
 from camera_serve.vllm_plugin.loading import RankSplit, RowLoader, TierCounts, split_layer
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class CameraMoEMethod(MoEMethodBase):
 
     def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
         """Refuse to serve weights that never arrived; random weights are wanted for `dummy`."""
-        if self._loader and get_current_vllm_config().load_config.load_format != "dummy":
+        if self._loader and weights_are_read():
             self._loader.check_complete()
 
     def apply(

@@ -7,6 +7,7 @@ building a tiny engine. The engines run eagerly and inside the process unless a 
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -26,8 +27,6 @@ _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
-    # Forked workers find vLLM imported.
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
 }
 
 
@@ -95,7 +94,6 @@ def _serve(job: Job) -> Result:
         use_tqdm=False,
     )
     expert_bytes = engine.apply_model(_expert_bytes)[0]
-    engine.llm_engine.engine_core.shutdown()
     return Result([_answer(output.outputs[0]) for output in outputs], expert_bytes)
 
 
@@ -135,6 +133,8 @@ def _main(folder: Path) -> None:
     results = []
     for job in json.loads((folder / "jobs.json").read_text()):
         results.append(asdict(_serve(Job(**job))))
+        for worker in multiprocessing.active_children():
+            worker.kill()
         gc.collect()
         cleanup_dist_env_and_memory()
     (folder / "results.json").write_text(json.dumps(results))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from camera_serve.errors import CheckpointError
-from camera_serve.vllm_plugin.loading import RowLoader, padded_width, split_layer
+from camera_serve.vllm_plugin.loading import RowLoader, padded_rows, split_layer
 
 D_MODEL = 6
 
@@ -72,10 +72,14 @@ def test_experts_of_other_ranks_have_no_rows() -> None:
     assert [runs is None for runs in split.runs] == [True, False, True]
 
 
-@given(st.integers(0, 40), st.integers(1, 6))
-def test_padded_width_holds_the_share_of_every_rank(width: int, tp_size: int) -> None:
-    shares = [split_layer([[width]], tp_size=tp_size, tp_rank=r).num_rows for r in range(tp_size)]
-    assert padded_width(width, tp_size) == max(1, *shares)
+@pytest.mark.parametrize(
+    ("tiers", "tp_size", "rows"),
+    [([0], 1, 1), ([0], 3, 1), ([1], 2, 1), ([37], 2, 19), ([37], 3, 13), ([1, 1], 2, 2)],
+)
+def test_padded_rows_are_those_of_the_largest_rank(
+    tiers: list[int], tp_size: int, rows: int
+) -> None:
+    assert padded_rows([tiers], tp_size) == rows
 
 
 @given(tier_counts, st.integers(1, 4))
