@@ -1,6 +1,7 @@
 """The quantization method `camera` of vLLM: which layers are ragged, and who builds them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,14 @@ class CameraConfig(QuantizationConfig):
         if hf_config is None:
             raise CheckpointError(f"{model_name} gives vLLM no Hugging Face config.json")
         structure = describe(hf_config)
-        self.quantization.check(structure)
         self._model_type = structure.family.model_type
-        if Path(model_name).is_dir():
-            check_folder(Path(model_name))
-        else:
-            found = hub_shapes(model_name, revision)
-            check_hub_model(model_name, hf_config, structure, self.quantization, found)
+        with _remedy(model_name):
+            self.quantization.check(structure)
+            if Path(model_name).is_dir():
+                check_folder(Path(model_name))
+            else:
+                found = hub_shapes(model_name, revision)
+                check_hub_model(model_name, hf_config, structure, self.quantization, found)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Ragged methods for routed and shared experts, vLLM's own for all other layers."""
@@ -109,3 +111,15 @@ class CameraConfig(QuantizationConfig):
 
         counts = self.quantization.layout(moe_prefix).experts
         return CameraMoEMethod(layer.moe_config, counts, moe_prefix, name)
+
+
+@contextmanager
+def _remedy(model: str) -> Iterator[None]:
+    """Say what to do about a damaged checkpoint, on the last line a server prints."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. The checkpoint is damaged or was edited: copy it again, or compress the "
+            f"model again (`camera-serve verify {model}` checks a copy)"
+        ) from None
