@@ -15,10 +15,11 @@ from camera_serve.checkpoint.writer import publish, write_json, write_shard
 from camera_serve.errors import OutputError
 from camera_serve.layout import rank
 from camera_serve.progress import OnProgress, Reporter
-from camera_serve.ranking import LayerEnergies, measure
+from camera_serve.ranking import measure
 from camera_serve.recipe import Calibration, Settings
 from camera_serve.runtime import compute_dtype, pick_device
-from camera_serve.streaming import ModelStream, RoutedExperts
+from camera_serve.selection import LayerEnergies
+from camera_serve.streaming import ModelStream
 
 
 class AnalysisSettings(Settings):
@@ -98,7 +99,7 @@ def _all_energies(
         if loaded.experts is not None:
             name = stream.structure.moe_prefix(layer)
             energies[name] = measure(stream, layer, loaded, hidden, alpha)
-            loaded.use_experts(RoutedExperts(loaded.experts))
+            loaded.use_experts(loaded.experts)
         hidden = stream.run(layer, loaded, hidden)
         progress("analyze", layer + 1)
     return energies

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from camera_serve.kernels import RaggedLayer
+from camera_serve.kernels import RaggedTier
 
 
 def coefficients(
@@ -70,10 +70,16 @@ class RoutedExpertsMeter(nn.Module):
     returns zeros.
     """
 
-    def __init__(self, layer: RaggedLayer) -> None:
+    def __init__(self, experts: RaggedTier[torch.Tensor], device: torch.device) -> None:
         super().__init__()
-        self.layer = layer
-        self.sums = CoefficientSums.zeros(layer.offsets[-1], layer.num_experts, layer.gate.device)
+        self.experts = experts
+        self.num_experts = len(experts.offsets) - 1
+        self.sums = CoefficientSums.zeros(experts.offsets[-1], self.num_experts, device)
+
+    @property
+    def down(self) -> torch.Tensor:
+        """The experts' down vectors, one row per micro-expert."""
+        return self.experts.down
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -81,13 +87,13 @@ class RoutedExpertsMeter(nn.Module):
         """`[num_tokens, d_model]`, `[num_tokens, top_k]` twice -> zeros `[num_tokens, d_model]`."""
         top_k = top_k_index.shape[1]
         order = torch.sort(top_k_index.flatten(), stable=True).indices
-        counts = torch.bincount(top_k_index.flatten(), minlength=self.layer.num_experts).tolist()
+        counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()
         weights = top_k_weights.flatten()[order].split(counts)
         for expert, slots in enumerate(order.split(counts)):
-            rows = slice(self.layer.offsets[expert], self.layer.offsets[expert + 1])
+            rows = self.experts.rows(expert)
             routed = hidden_states[slots // top_k]
-            gate = functional.linear(routed, self.layer.gate[rows])
-            up = functional.linear(routed, self.layer.up[rows])
+            gate = functional.linear(routed, self.experts.gate[rows])
+            up = functional.linear(routed, self.experts.up[rows])
             self.sums.add(expert, rows, coefficients(gate, up, weights[expert]))
         return torch.zeros_like(hidden_states)
 

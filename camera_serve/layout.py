@@ -73,11 +73,22 @@ def tier_counts(
     return tuple(zip(*columns, strict=True))
 
 
-def kept_micro_experts(plan: TierPlan, num_micro_experts: int, align: int) -> int:
-    """How many micro-experts of a layer a plan stores, exactly."""
-    if plan.tiers[-1].bits:
-        return num_micro_experts
-    return [0, *_boundaries(plan, num_micro_experts, align)][-2]
+def tier_totals(plan: TierPlan, num_micro_experts: int, align: int) -> dict[int, int]:
+    """How many micro-experts of a layer a plan stores at each bit-width, exactly.
+
+    Raises `RecipeError` when it stores none.
+    """
+    ends = [0, *_boundaries(plan, num_micro_experts, align)]
+    widths = {
+        tier.bits: end - start for tier, start, end in zip(plan.tiers, ends, ends[1:], strict=False)
+    }
+    stored = {bits: width for bits, width in widths.items() if bits}
+    if not sum(stored.values()):
+        raise RecipeError(
+            f"plan {plan} prunes all {num_micro_experts} micro-experts of a layer once rounded to "
+            f"multiples of {align}: keep more, or use a smaller --align"
+        )
+    return stored
 
 
 def _boundaries(plan: TierPlan, num_micro_experts: int, align: int) -> list[int]:

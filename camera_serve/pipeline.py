@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from camera_serve.checkpoint.format import (
     CameraQuantizationConfig,
     LayerCounts,
 )
-from camera_serve.checkpoint.reader import DTYPES, Checkpoint, read_json, resolve
+from camera_serve.checkpoint.reader import Checkpoint, read_json, resolve
 from camera_serve.checkpoint.workspace import Workspace, differences, refuse_overlap
 from camera_serve.checkpoint.writer import (
     ShardPlan,
@@ -28,28 +29,17 @@ from camera_serve.checkpoint.writer import (
     write_shard,
     write_text,
 )
+from camera_serve.compression import CompressedLayer, compress_layer
 from camera_serve.errors import CheckpointError, OutputError
 from camera_serve.fingerprint import fingerprint
-from camera_serve.models.structure import PROJECTIONS
 from camera_serve.progress import OnProgress, Reporter
-from camera_serve.ranking import LayerEnergies, Selection, measure, select
 from camera_serve.recipe import Recipe, Settings
 from camera_serve.report import CompressionReport, LayerReport
 from camera_serve.runtime import compute_dtype, pick_device, run_log
 from camera_serve.sizing import Estimate, estimate_for
-from camera_serve.streaming import (
-    ModelStream,
-    RoutedExperts,
-    StreamedLayer,
-    select_rows,
-    select_shared,
-)
+from camera_serve.streaming import ModelStream
 
 logger = logging.getLogger(__name__)
-
-
-_KeptRows = tuple[int, torch.Tensor]
-"""The dimension of a tensor that micro-experts lie along, and which of them to keep."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +95,10 @@ def compress(
     reporter = Reporter(checkpoint.structure.num_layers, target, on_progress)
     try:
         with run_log(workspace.path / "camera.log"):
+            logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
             _compress_layers(run, tokens, reporter)
             report = _write_rest(run, str(model), print_)
+            logger.info("expert weights: %.1f%% removed", 100 * report.removed_of_experts)
     except CheckpointError:
         # A damaged model fails again at the same tensor: there is nothing to resume.
         workspace.discard()
@@ -137,6 +129,7 @@ class LayerResult(Settings):
     """What one finished layer adds to the checkpoint; `counts` and `report` are its MoE part."""
 
     names: tuple[str, ...]
+    expert_bytes: int = 0
     counts: LayerCounts | None = None
     report: LayerReport | None = None
 
@@ -151,70 +144,54 @@ def _compress_layers(run: _Run, tokens: torch.Tensor, report: Reporter) -> None:
 
 
 def _compress_layer(run: _Run, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-    """Algorithm 2, lines 4-15, for one layer; returns the input of the next."""
+    """Algorithm 2 and 3, the body of the loop; returns the input of the next layer."""
     loaded = run.stream.load(layer)
-    kept: dict[str, _KeptRows] = {}
-    counts = report = None
-    if loaded.experts is not None:
-        energies = measure(run.stream, layer, loaded, hidden, run.recipe.alpha)
-        selection = select(energies, run.recipe.plan, run.recipe.align)
-        kept = _kept_rows(run.checkpoint, layer, selection)
-        loaded = _narrow(loaded, selection)
-        counts = LayerCounts(experts=selection.layout.experts, shared=selection.layout.shared)
-        report = _layer_report(run.checkpoint.structure.moe_prefix(layer), energies, selection)
-        _warn_unseen(report)
-    tensors = _read(run.checkpoint, run.shards.shards[layer + 1], kept)
+    names = run.shards.shards[layer + 1]
+    if loaded.experts is None:
+        tensors = _read(run.checkpoint, names)
+        result = LayerResult(names=tuple(tensors))
+    else:
+        compressed = compress_layer(run.stream, layer, loaded, hidden, run.recipe)
+        loaded = compressed.loaded
+        rest = [name for name in names if name not in run.checkpoint.expert_names]
+        tensors = _read(run.checkpoint, rest) | compressed.tensors
+        result = _layer_result(run.checkpoint.structure.moe_prefix(layer), tensors, compressed)
     write_shard(run.workspace.path / run.shards.file_name(layer + 1), tensors)
-    result = LayerResult(names=tuple(tensors), counts=counts, report=report)
     output = run.stream.run(layer, loaded, hidden)
     run.workspace.commit(layer, result.model_dump(mode="json"), output)
     return output
 
 
-def _kept_rows(checkpoint: Checkpoint, layer: int, selection: Selection) -> dict[str, _KeptRows]:
-    structure = checkpoint.structure
-    kept: dict[str, _KeptRows] = {}
-    for projection in PROJECTIONS:
-        dim = int(projection == "down")
-        for expert, rows in enumerate(selection.experts):
-            kept[f"{structure.expert_prefix(layer, expert, projection)}.weight"] = (dim, rows)
-        for rows in selection.shared:
-            kept[f"{structure.shared_prefix(layer, projection)}.weight"] = (dim, rows)
-    return kept
-
-
-def _read(
-    checkpoint: Checkpoint, names: list[str], kept: dict[str, _KeptRows]
-) -> dict[str, torch.Tensor]:
-    """The tensors of one shard, as stored, narrowed where `kept` says so; empty ones left out."""
-    tensors = {}
-    for name in names:
-        tensor = checkpoint.get(name)
-        if name in kept:
-            dim, rows = kept[name]
-            tensor = tensor.index_select(dim, rows)
-        if tensor.numel():
-            tensors[name] = tensor
+def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
+    tensors = {name: checkpoint.get(name) for name in names}
     checkpoint.release()
     return tensors
 
 
-def _narrow(loaded: StreamedLayer, selection: Selection) -> StreamedLayer:
-    assert loaded.experts is not None
-    experts = select_rows(loaded.experts, selection.experts)
-    loaded.use_experts(RoutedExperts(experts))
-    if loaded.shared is not None:
-        select_shared(loaded.shared, selection.shared[0])
-    return replace(loaded, experts=experts)
-
-
-def _layer_report(name: str, energies: LayerEnergies, selection: Selection) -> LayerReport:
-    return LayerReport(
+def _layer_result(
+    name: str, tensors: Mapping[str, torch.Tensor], compressed: CompressedLayer
+) -> LayerResult:
+    layout = compressed.selection.layout
+    report = LayerReport(
         layer=name,
-        expert_d_ff=selection.layout.expert_d_ff,
-        shared_d_ff=selection.layout.shared_d_ff,
-        tokens_per_expert=tuple(energies.tokens.tolist()),
-        energy_kept=selection.energy_kept,
+        expert_d_ff=layout.expert_d_ff,
+        shared_d_ff=layout.shared_d_ff,
+        tokens_per_expert=tuple(compressed.energies.tokens.tolist()),
+        energy_kept=compressed.selection.energy_kept,
+        rounded_experts=compressed.rounded,
+    )
+    logger.info(
+        "%s: kept %d micro-experts, %.1f%% of the energy",
+        name,
+        sum(layout.expert_d_ff) + sum(layout.shared_d_ff),
+        100 * report.energy_kept,
+    )
+    _warn_unseen(report)
+    return LayerResult(
+        names=tuple(tensors),
+        expert_bytes=sum(tensor.nbytes for tensor in compressed.tensors.values()),
+        counts=LayerCounts(experts=layout.experts, shared=layout.shared),
+        report=report,
     )
 
 
@@ -236,7 +213,7 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
     names = [shards.shards[0], *(list(result.names) for result in results)]
     names += shards.shards[num_layers + 1 :]
     for shard in (0, *range(num_layers + 1, len(names))):
-        write_shard(folder / shards.file_name(shard), _read(checkpoint, names[shard], {}))
+        write_shard(folder / shards.file_name(shard), _read(checkpoint, names[shard]))
     copy_side_files(checkpoint.path, folder)
     files = {shards.file_name(shard): held for shard, held in enumerate(names)}
     report = _report(run, model, print_, results)
@@ -246,6 +223,7 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
     write_text(folder / "README.md", model_card(checkpoint.path, report))
     quantization = CameraQuantizationConfig(
         bits=run.recipe.plan.bits,
+        group_size=run.recipe.group_size,
         layers={r.report.layer: r.counts for r in results if r.report and r.counts},
         recipe=run.recipe,
     )
@@ -257,30 +235,15 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
 def _report(
     run: _Run, model: str, print_: dict[str, str], results: list[LayerResult]
 ) -> CompressionReport:
-    before, dropped = run.checkpoint, _dropped_bytes(run.checkpoint, results)
+    before, after = run.checkpoint, sum(result.expert_bytes for result in results)
     stored = sum(before.entries[name].num_bytes for shard in run.shards.shards for name in shard)
     return CompressionReport(
         model=model if not Path(model).is_dir() else Path(model).resolve().name,
         recipe=run.recipe,
         fingerprint=print_,
         expert_bytes_before=before.expert_bytes,
-        expert_bytes_after=before.expert_bytes - dropped,
+        expert_bytes_after=after,
         total_bytes_before=before.total_bytes,
-        total_bytes_after=stored - dropped,
+        total_bytes_after=stored - before.expert_bytes + after,
         layers=tuple(result.report for result in results if result.report),
     )
-
-
-def _dropped_bytes(checkpoint: Checkpoint, results: list[LayerResult]) -> int:
-    """Bytes of all pruned micro-experts: each is three vectors of d_model weights."""
-    structure = checkpoint.structure
-    dropped = 0
-    for layer, result in enumerate(results):
-        if result.report is None:
-            continue
-        name = f"{structure.expert_prefix(layer, 0, 'gate')}.weight"
-        per_weight = DTYPES[checkpoint.entries[name].dtype].itemsize
-        kept = sum(result.report.expert_d_ff) + sum(result.report.shared_d_ff)
-        rows = structure.micro_experts_per_layer - kept
-        dropped += rows * len(PROJECTIONS) * structure.d_model * per_weight
-    return dropped

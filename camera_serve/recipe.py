@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from camera_serve.errors import RecipeError
 
-SERVED_BITS = (16, 0)
-"""Bit-widths this version can store and serve; 0 is pruning."""
+SERVED_BITS = (16, 8, 4, 3, 2, 1, 0)
+"""Bit-widths that can be stored and served; 0 is pruning, 16 the weights as they are."""
 
 
 class Settings(BaseModel):
@@ -37,6 +37,14 @@ class TierPlan(Settings):
         if not 0 < fraction < 1:
             raise RecipeError(f"--prune is {fraction}: the share to remove must be in (0, 1)")
         return cls(tiers=(Tier(bits=16, fraction=1 - fraction), Tier(bits=0, fraction=fraction)))
+
+    @classmethod
+    def mixed(cls, bits: int, ratio: float) -> Self:
+        """CAMERA-Q: `[b+1, b, b-1]` bits in shares `[r, 1-2r, r]` (appendix A.5)."""
+        if not 0 < ratio <= 0.5:
+            raise RecipeError(f"--tier-ratio is {ratio}: the share must be in (0, 0.5]")
+        shares = {bits + 1: ratio, bits: 1 - 2 * ratio, bits - 1: ratio}
+        return cls.parse(",".join(f"{b}:{share!r}" for b, share in shares.items() if share))
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -73,6 +81,11 @@ class TierPlan(Settings):
         return tuple(tier.bits for tier in self.tiers if tier.bits)
 
     @property
+    def quantized(self) -> tuple[int, ...]:
+        """The stored bit-widths that are packed: all but 16."""
+        return tuple(b for b in self.bits if b < 16)
+
+    @property
     def pruned(self) -> float:
         """λ: the share of a MoE layer's micro-experts that is removed."""
         return sum(tier.fraction for tier in self.tiers if tier.bits == 0)
@@ -99,6 +112,8 @@ class Recipe(Settings):
     calibration: Calibration
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.95
     align: Annotated[int, Field(gt=0)] = 32
+    group_size: Annotated[int, Field(gt=0)] = 128
+    solver: Literal["gptq", "rtn"] = "gptq"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 
     @classmethod

@@ -6,13 +6,17 @@ from camera_serve.recipe import Recipe, Settings
 
 
 class LayerReport(Settings):
-    """One MoE layer: kept widths per expert, tokens seen, and the share of energy that was kept."""
+    """One MoE layer: kept widths per expert, tokens seen, and the share of energy that was kept.
+
+    `rounded_experts` saw too few tokens for GPTQ: their codes are rounded to nearest.
+    """
 
     layer: str
     expert_d_ff: tuple[int, ...]
     shared_d_ff: tuple[int, ...]
     tokens_per_expert: tuple[int, ...]
     energy_kept: float
+    rounded_experts: tuple[int, ...] = ()
 
     @property
     def unseen_experts(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ attention and the router; only the experts are ours, behind the interface every 
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.kernels import RaggedLayer, ragged_moe
+from camera_serve.kernels import RaggedLayer, RaggedTier, ragged_moe
 from camera_serve.models.structure import PROJECTIONS
 
 TOKENS_PER_BATCH = 16384
@@ -38,16 +38,19 @@ class RoutedExperts(nn.Module):
 
 @dataclass(frozen=True)
 class StreamedLayer:
-    """One decoder layer with its weights loaded. `experts` is None for a dense layer."""
+    """One decoder layer with its weights loaded.
+
+    `experts` are the routed experts in 16 bits, None for a dense layer.
+    """
 
     module: Any
-    experts: RaggedLayer | None
+    experts: RaggedTier[torch.Tensor] | None
     shared: Any = None
     shared_gate: torch.Tensor | None = None
 
-    def use_experts(self, experts: nn.Module) -> None:
+    def use_experts(self, experts: RaggedTier[torch.Tensor]) -> None:
         """Run `experts` where the family's own experts module stood."""
-        self.module.mlp.experts = experts
+        self.module.mlp.experts = RoutedExperts(RaggedLayer((experts,)))
 
 
 class ModelStream:
@@ -128,7 +131,7 @@ class ModelStream:
             weights[name] = self.checkpoint.get(on_disk).to(self.device, dtype)
         return weights
 
-    def _experts(self, layer: int) -> RaggedLayer:
+    def _experts(self, layer: int) -> RaggedTier[torch.Tensor]:
         d_ff, num_experts = self.structure.d_ff, self.structure.num_experts
         shape = (num_experts, d_ff, self.structure.d_model)
         gate, up, down = torch.empty((3, *shape), dtype=self.dtype, device=self.device)
@@ -138,28 +141,4 @@ class ModelStream:
                 weight = self.checkpoint.get(name)
                 matrix[expert].copy_(weight.T if projection == "down" else weight)
         offsets = tuple(d_ff * expert for expert in range(num_experts + 1))
-        return RaggedLayer(gate.flatten(0, 1), up.flatten(0, 1), down.flatten(0, 1), offsets)
-
-
-def select_rows(layer: RaggedLayer, kept: list[torch.Tensor]) -> RaggedLayer:
-    """The ragged layer of the kept micro-experts (Algorithm 2, line 13).
-
-    kept: for each expert, int64 indices into its own micro-experts, in the order to keep.
-    """
-    rows = torch.cat([k + start for k, start in zip(kept, layer.offsets, strict=False)])
-    rows = rows.to(layer.gate.device)
-    widths = torch.tensor([0, *(len(k) for k in kept)]).cumsum(0)
-    return replace(
-        layer,
-        gate=layer.gate[rows],
-        up=layer.up[rows],
-        down=layer.down[rows],
-        offsets=tuple(widths.tolist()),
-    )
-
-
-def select_shared(shared: Any, kept: torch.Tensor) -> None:
-    """Narrow a shared expert's three linear layers to the kept micro-experts, in place."""
-    kept = kept.to(shared.gate_proj.weight.device)
-    for linear, dim in ((shared.gate_proj, 0), (shared.up_proj, 0), (shared.down_proj, 1)):
-        linear.weight = nn.Parameter(linear.weight.index_select(dim, kept), requires_grad=False)
+        return RaggedTier(gate.flatten(0, 1), up.flatten(0, 1), down.flatten(0, 1), offsets)

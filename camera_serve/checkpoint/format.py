@@ -4,7 +4,8 @@
 that lies is refused before a kernel sees it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -15,6 +16,7 @@ from camera_serve.errors import CheckpointError
 from camera_serve.layout import LayerLayout
 from camera_serve.models import MoeStructure
 from camera_serve.models.structure import PROJECTIONS, Projection
+from camera_serve.quantize.packing import CODES_PER_UNIT, words_per_row
 from camera_serve.recipe import SERVED_BITS, Recipe, Settings, describe_errors
 
 FORMAT: Literal[1] = 1
@@ -27,6 +29,21 @@ config.json was replaced by the dense model's then meets our plugin, which refus
 vLLM's dense loader, which takes narrower experts without a word."""
 
 Shapes = dict[str, tuple[int, ...]]
+
+Part = Literal["weight", "qweight", "scales", "zeros"]
+PARTS: tuple[Part, ...] = ("weight", "qweight", "scales", "zeros")
+"""The tensors of one projection of one expert: 16-bit rows, and packed ones with their grids."""
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """The stored bit-widths of a checkpoint, falling, and the weights that share a scale."""
+
+    bits: tuple[int, ...]
+    group_size: int = GROUP_SIZE
+
+
+DENSE_TIERS = Tiers((16,))
 
 
 class LayerCounts(Settings):
@@ -55,7 +72,14 @@ class CameraQuantizationConfig(Settings):
     def _bits_are_served(self) -> Self:
         if not self.bits or any(b not in SERVED_BITS or b == 0 for b in self.bits):
             raise ValueError(f"bits {list(self.bits)} cannot be served by this version")
+        if list(self.bits) != sorted(set(self.bits), reverse=True):
+            raise ValueError(f"bits must fall from tier to tier, found {list(self.bits)}")
         return self
+
+    @property
+    def tiers(self) -> Tiers:
+        """Bit-widths and group size, which every layer shares."""
+        return Tiers(self.bits, self.group_size)
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:
@@ -87,6 +111,7 @@ class CameraQuantizationConfig(Settings):
             raise CheckpointError(
                 f"quantization_config lists {extra[0]}, which is not a MoE layer of this model"
             )
+        check_groups(structure.d_model, self.group_size, self.bits)
         num_shared = 1 if structure.shared_d_ff else 0
         for name, counts in self.layers.items():
             _check_counts(
@@ -94,6 +119,18 @@ class CameraQuantizationConfig(Settings):
             )
             _check_counts(
                 name, "shared", counts.shared, num_shared, structure.shared_d_ff, self.bits
+            )
+
+
+def check_groups(d_model: int, group_size: int, bits: Sequence[int]) -> None:
+    """Refuse packed tiers whose groups or words would not fill a row of d_model weights."""
+    if all(b == 16 for b in bits):
+        return
+    for size, what in ((group_size, "group size"), (CODES_PER_UNIT, "packing unit")):
+        if size < 1 or d_model % size:
+            usable = [g for g in (32, 64, 128, 256) if d_model % g == 0]
+            raise CheckpointError(
+                f"{what} {size} does not divide d_model {d_model}; group sizes that do: {usable}"
             )
 
 
@@ -121,17 +158,18 @@ def _check_counts(
             )
 
 
-def expert_shapes(structure: MoeStructure, layer: int, layout: LayerLayout) -> Shapes:
+def expert_shapes(structure: MoeStructure, layer: int, layout: LayerLayout, tiers: Tiers) -> Shapes:
     """Every expert tensor of one MoE layer, shared experts included; width 0 means absent."""
     shapes: Shapes = {}
-    for expert, width in enumerate(layout.expert_d_ff):
-        for projection in PROJECTIONS:
-            name = f"{structure.expert_prefix(layer, expert, projection)}.weight"
-            shapes[name] = _projection_shape(projection, width, structure.d_model)
-    for width in layout.shared_d_ff:
-        for projection in PROJECTIONS:
-            name = f"{structure.shared_prefix(layer, projection)}.weight"
-            shapes[name] = _projection_shape(projection, width, structure.d_model)
+    for projection in PROJECTIONS:
+        for expert, counts in enumerate(layout.experts):
+            prefix = structure.expert_prefix(layer, expert, projection)
+            parts = part_shapes(projection, structure.d_model, counts, tiers)
+            shapes |= {f"{prefix}.{part}": shape for part, shape in parts.items()}
+        for counts in layout.shared:
+            prefix = structure.shared_prefix(layer, projection)
+            parts = part_shapes(projection, structure.d_model, counts, tiers)
+            shapes |= {f"{prefix}.{part}": shape for part, shape in parts.items()}
     return {name: shape for name, shape in shapes.items() if 0 not in shape}
 
 
@@ -162,9 +200,22 @@ def checkpoint_shapes(
     for layer in structure.moe_layers:
         prefix = structure.moe_prefix(layer)
         layout = quantization.layout(prefix) if quantization else dense_layout(structure)
-        shapes |= expert_shapes(structure, layer, layout)
+        tiers = quantization.tiers if quantization else DENSE_TIERS
+        shapes |= expert_shapes(structure, layer, layout, tiers)
     return shapes
 
 
-def _projection_shape(projection: Projection, width: int, d_model: int) -> tuple[int, int]:
-    return (d_model, width) if projection == "down" else (width, d_model)
+def part_shapes(
+    projection: Projection, d_model: int, counts: Sequence[int], tiers: Tiers
+) -> dict[Part, tuple[int, ...]]:
+    """The tensors of one projection of one expert, from its micro-experts in each tier."""
+    plain = sum(count for count, bits in zip(counts, tiers.bits, strict=True) if bits == 16)
+    packed = {b: count for count, b in zip(counts, tiers.bits, strict=True) if b < 16}
+    words = sum(count * words_per_row(d_model, bits) for bits, count in packed.items())
+    groups = (sum(packed.values()), d_model // tiers.group_size)
+    return {
+        "weight": (d_model, plain) if projection == "down" else (plain, d_model),
+        "qweight": (words,),
+        "scales": groups,
+        "zeros": groups,
+    }

@@ -20,7 +20,13 @@ from camera_serve.models import MoeStructure, describe
 from camera_serve.models.deepseek import register_deepseek
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I32": torch.int32,
+}
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,12 @@ class Checkpoint:
             tensor = self._handle(entry.file).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{entry.file}: {name} cannot be read: {error}") from error
+        if name.endswith(".scales") and not (tensor > 0).all():
+            bad = int((~(tensor > 0)).sum())
+            raise CheckpointError(
+                f"{entry.file}: {name} holds {bad} scales of {tensor.numel()} that are not "
+                "positive: the file is damaged; copy or compress the checkpoint again"
+            )
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(

@@ -48,6 +48,8 @@ def write_shard(
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+        # safetensors writes for the owner alone; a server may run as another user.
+        temporary.chmod(0o666 & ~_umask())
         _sync(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
@@ -137,6 +139,12 @@ def publish(partial: Path, output: Path) -> None:
 def _layer_of(name: str) -> int:
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

@@ -37,14 +37,10 @@ def unpack(words: torch.Tensor, bits: int, d_model: int) -> torch.Tensor:
     """Undo `pack`: int32 `[num_rows, words]` to uint8 codes `[num_rows, d_model]`."""
     num_rows = words.shape[0]
     units = words.view(num_rows, d_model // CODES_PER_UNIT, bits).long() & 0xFFFFFFFF
-    codes = torch.empty(
-        num_rows, units.shape[1], CODES_PER_UNIT, dtype=torch.uint8, device=words.device
-    )
-    mask = 2**bits - 1
-    for position in range(CODES_PER_UNIT):
-        word, shift = divmod(position * bits, 32)
-        code = units[:, :, word] >> shift
-        if shift + bits > 32:
-            code |= units[:, :, word + 1] << (32 - shift)
-        codes[:, :, position] = (code & mask).to(torch.uint8)
-    return codes.view(num_rows, d_model)
+    start = torch.arange(CODES_PER_UNIT, device=words.device) * bits
+    word, shift = start // 32, start % 32
+    # A code that ends in the next word takes its high bits from there; for the others, shifting
+    # the next word up moves it past the mask.
+    following = (word + 1).clamp(max=bits - 1)
+    codes = units[:, :, word] >> shift | units[:, :, following] << (32 - shift)
+    return (codes & (2**bits - 1)).to(torch.uint8).view(num_rows, d_model)
