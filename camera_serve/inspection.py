@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from camera_serve.checkpoint.format import dense_layout, expert_shapes
+from camera_serve.checkpoint.format import DENSE_TIERS, dense_layout, expert_shapes
 from camera_serve.checkpoint.reader import Checkpoint, read_json
 from camera_serve.errors import CheckpointError
+from camera_serve.layout import LayerLayout
 from camera_serve.models.structure import PROJECTIONS
 from camera_serve.recipe import describe_errors
 from camera_serve.report import CompressionReport
@@ -30,7 +31,14 @@ class LayerInspection:
     shared_d_ff: tuple[int, ...]
     original_micro_experts: int
     expert_bytes: int
+    d_model: int
     tokens_per_expert: tuple[int, ...] | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight that is left, scales and zeros counted; 0 when none is left."""
+        weights = self.micro_experts * len(PROJECTIONS) * self.d_model
+        return 8 * self.expert_bytes / weights if weights else 0.0
 
     @property
     def micro_experts(self) -> int:
@@ -68,6 +76,7 @@ class LayerInspection:
             "original_micro_experts": self.original_micro_experts,
             "removed_share": self.removed_share,
             "expert_bytes": self.expert_bytes,
+            "bits_per_weight": self.bits_per_weight,
             "tokens_per_expert": self.tokens_per_expert and list(self.tokens_per_expert),
         }
 
@@ -96,6 +105,12 @@ class Inspection:
         return 1 - sum(layer.micro_experts for layer in self.layers) / original
 
     @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per expert weight that is left, scales and zeros counted."""
+        left = sum(layer.micro_experts for layer in self.layers)
+        return 8 * self.expert_bytes / (left * len(PROJECTIONS) * self.d_model) if left else 0.0
+
+    @property
     def removed_parameter_share(self) -> float:
         """The share of all the model's parameters that is gone."""
         gone = sum(layer.original_micro_experts - layer.micro_experts for layer in self.layers)
@@ -115,6 +130,7 @@ class Inspection:
             "d_ff": self.d_ff,
             "total_bytes": self.total_bytes,
             "expert_bytes": self.expert_bytes,
+            "bits_per_weight": self.bits_per_weight,
             "num_parameters": self.num_parameters,
             "removed_share": self.removed_share,
             "removed_parameter_share": self.removed_parameter_share,
@@ -142,7 +158,7 @@ def inspect(path: Path) -> Inspection:
         d_ff=structure.d_ff,
         total_bytes=checkpoint.total_bytes,
         expert_bytes=checkpoint.expert_bytes,
-        num_parameters=sum(math.prod(e.shape) for e in checkpoint.entries.values()),
+        num_parameters=_num_parameters(checkpoint),
         layers=tuple(
             _inspect_layer(checkpoint, layer, tokens.get(structure.moe_prefix(layer)))
             for layer in structure.moe_layers
@@ -150,19 +166,39 @@ def inspect(path: Path) -> Inspection:
     )
 
 
+def _num_parameters(checkpoint: Checkpoint) -> int:
+    """Weights the model has left, packed ones counted one by one."""
+    structure = checkpoint.structure
+    others = checkpoint.entries.keys() - checkpoint.expert_names
+    left = sum(
+        sum(layout.expert_d_ff) + sum(layout.shared_d_ff)
+        for layer in structure.moe_layers
+        for layout in [_layout(checkpoint, layer)]
+    )
+    experts = left * len(PROJECTIONS) * structure.d_model
+    return experts + sum(math.prod(checkpoint.entries[name].shape) for name in others)
+
+
+def _layout(checkpoint: Checkpoint, layer: int) -> LayerLayout:
+    structure, quantization = checkpoint.structure, checkpoint.quantization
+    prefix = structure.moe_prefix(layer)
+    return quantization.layout(prefix) if quantization else dense_layout(structure)
+
+
 def _inspect_layer(
     checkpoint: Checkpoint, layer: int, tokens: tuple[int, ...] | None
 ) -> LayerInspection:
     structure, quantization = checkpoint.structure, checkpoint.quantization
-    prefix = structure.moe_prefix(layer)
-    layout = quantization.layout(prefix) if quantization else dense_layout(structure)
-    names = expert_shapes(structure, layer, layout)
+    layout = _layout(checkpoint, layer)
+    tiers = quantization.tiers if quantization else DENSE_TIERS
+    names = expert_shapes(structure, layer, layout, tiers)
     return LayerInspection(
         layer=layer,
         expert_d_ff=layout.expert_d_ff,
         shared_d_ff=layout.shared_d_ff,
         original_micro_experts=structure.micro_experts_per_layer,
         expert_bytes=sum(checkpoint.entries[name].num_bytes for name in names),
+        d_model=structure.d_model,
         tokens_per_expert=tokens,
     )
 

@@ -65,7 +65,8 @@ def verify(
     """Check every tensor of `path` against its config, and read every weight for NaN and Inf.
 
     With `against`: the config is the original's, every tensor outside the experts is byte-equal to
-    it, and every kept micro-expert is exactly one of the original's, none kept twice. Raises
+    it, and, where all tiers are of 16 bits, every kept micro-expert is exactly one of the
+    original's, none kept twice; packed ones are compared by `fidelity.output_errors`. Raises
     `CheckpointError` naming the first tensor and row at fault.
     """
     checkpoint = Checkpoint.open(path)
@@ -75,13 +76,14 @@ def verify(
     moe_layers = checkpoint.structure.moe_layers
     report = Reporter(len(moe_layers), torch.device("cpu"), on_progress)
     report("verify", 0)
+    packed = checkpoint.quantization is not None and min(checkpoint.quantization.bits) < 16
     for name in sorted(checkpoint.entries.keys() - checkpoint.expert_names):
         tensor = checkpoint.get(name)
         if original:
             _check_equal(checkpoint, original, name, tensor)
     layers = []
     for done, layer in enumerate(moe_layers, start=1):
-        if original:
+        if original and not packed:
             layers.append(_verify_layer(checkpoint, original, layer))
         else:
             _read_layer(checkpoint, layer)
@@ -142,10 +144,10 @@ def _expert_names(checkpoint: Checkpoint, layer: int) -> Iterator[ExpertNames]:
 
 
 def _read_layer(checkpoint: Checkpoint, layer: int) -> None:
-    for names in _expert_names(checkpoint, layer):
-        for name in names.values():
-            if name in checkpoint.entries:
-                checkpoint.get(name)
+    prefix = f"{checkpoint.structure.moe_prefix(layer)}."
+    for name in sorted(checkpoint.expert_names):
+        if name.startswith(prefix):
+            checkpoint.get(name)
 
 
 def _verify_layer(checkpoint: Checkpoint, original: Checkpoint, layer: int) -> LayerVerification:

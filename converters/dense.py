@@ -1,4 +1,4 @@
-"""CAMERA-P back to an ordinary checkpoint: what was removed becomes zeros, any engine loads it."""
+"""Back to a checkpoint that any engine loads: what was removed is zero, what was packed 16 bits."""
 
 import shutil
 from collections.abc import Mapping
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from camera_serve.checkpoint.format import Shapes, dense_layout, expert_shapes
+from camera_serve.checkpoint.experts import read_experts, read_shared_experts
+from camera_serve.checkpoint.format import DENSE_TIERS, Shapes, dense_layout, expert_shapes
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.checkpoint.writer import (
     ShardPlan,
@@ -19,18 +20,21 @@ from camera_serve.checkpoint.writer import (
     write_shard,
 )
 from camera_serve.errors import CheckpointError, OutputError
+from camera_serve.kernels import RaggedLayer, dense_rows
+from camera_serve.models.structure import PROJECTIONS, Projection
 
 
 def convert_to_dense(source: Path, output: Path) -> None:
     """Write the compressed checkpoint `source` as a dense one, one layer in memory at a time.
 
-    An expert's kept micro-experts come first, in stored order, then zeros up to the original d_ff;
-    a zero micro-expert adds nothing to the layer's output (Eq. 2). `output` appears whole or not
-    at all. Raises `CheckpointError` for a source that is not pruned or contradicts its config,
-    `OutputError` when `output` exists or cannot be written.
+    An expert's kept micro-experts come first, in stored order, packed tiers as the weights they
+    stand for, then zeros up to the original d_ff: a zero micro-expert adds nothing to the layer's
+    output (Eq. 2). `output` appears whole or not at all. Raises `CheckpointError` for a source that
+    is not compressed or contradicts its config, `OutputError` when `output` exists or cannot be
+    written.
     """
     checkpoint = Checkpoint.open(source)
-    _check_is_pruned(checkpoint)
+    _check_is_compressed(checkpoint)
     partial = output.with_name(output.name + ".partial")
     _check_is_free(output, partial)
     shapes = _dense_expert_shapes(checkpoint)
@@ -45,16 +49,10 @@ def convert_to_dense(source: Path, output: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_is_pruned(checkpoint: Checkpoint) -> None:
+def _check_is_compressed(checkpoint: Checkpoint) -> None:
     if checkpoint.quantization is None:
         raise CheckpointError(
             f"{checkpoint.path} has no camera quantization_config: it is a dense checkpoint already"
-        )
-    low_bits = [bits for bits in checkpoint.quantization.bits if bits != 16]
-    if low_bits:
-        raise CheckpointError(
-            f"{checkpoint.path} holds tiers of {low_bits} bits: only a pruned checkpoint (16 bits) "
-            "can be written as a dense one"
         )
 
 
@@ -76,7 +74,10 @@ def _dense_expert_shapes(checkpoint: Checkpoint) -> dict[int, Shapes]:
     """The original expert shapes of every MoE layer, shared experts included."""
     structure = checkpoint.structure
     layout = dense_layout(structure)
-    return {layer: expert_shapes(structure, layer, layout) for layer in structure.moe_layers}
+    return {
+        layer: expert_shapes(structure, layer, layout, DENSE_TIERS)
+        for layer in structure.moe_layers
+    }
 
 
 def _dense_bytes(checkpoint: Checkpoint, shapes: Mapping[int, Shapes]) -> int:
@@ -89,9 +90,10 @@ def _write(checkpoint: Checkpoint, shapes: Mapping[int, Shapes], folder: Path) -
     files: dict[str, list[str]] = {}
     total_bytes = 0
     for shard, names in enumerate(plan.shards):
-        experts = shapes.get(shard - 1, {})
-        tensors = {name: checkpoint.get(name) for name in names if name not in experts}
-        tensors |= {name: _padded(checkpoint, name, shape) for name, shape in experts.items()}
+        rest = [name for name in names if name not in checkpoint.expert_names]
+        tensors = {name: checkpoint.get(name) for name in rest}
+        if shard - 1 in shapes:
+            tensors |= _dense_experts(checkpoint, shard - 1, shapes[shard - 1])
         write_shard(folder / plan.file_name(shard), tensors)
         files[plan.file_name(shard)] = list(tensors)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -100,10 +102,33 @@ def _write(checkpoint: Checkpoint, shapes: Mapping[int, Shapes], folder: Path) -
     write_json(folder / "config.json", serving_config(checkpoint, None))
 
 
-def _padded(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    if name not in checkpoint.entries:
-        return torch.zeros(shape, dtype=checkpoint.dtype)
-    kept = checkpoint.get(name)
+def _dense_experts(checkpoint: Checkpoint, layer: int, shapes: Shapes) -> dict[str, torch.Tensor]:
+    """The expert tensors of one layer at their original shapes."""
+    structure = checkpoint.structure
+    routed, tensors = read_experts(checkpoint, layer), {}
+    for projection in PROJECTIONS:
+        for expert in range(structure.num_experts):
+            name = f"{structure.expert_prefix(layer, expert, projection)}.weight"
+            rows = _rows(routed, expert, projection, checkpoint.dtype)
+            tensors[name] = _padded(rows.T if projection == "down" else rows, shapes[name])
+    if structure.shared_d_ff:
+        shared = read_shared_experts(checkpoint, layer)
+        for projection in PROJECTIONS:
+            name = f"{structure.shared_prefix(layer, projection)}.weight"
+            rows = _rows(shared, 0, projection, checkpoint.dtype)
+            tensors[name] = _padded(rows.T if projection == "down" else rows, shapes[name])
+    return tensors
+
+
+def _rows(
+    layer: RaggedLayer, expert: int, projection: Projection, dtype: torch.dtype
+) -> torch.Tensor:
+    """One expert's rows of all tiers, `[d_ff_e, d_model]`."""
+    tiers = [dense_rows(getattr(t, projection), t.rows(expert), dtype) for t in layer.tiers]
+    return torch.cat([tier.to(dtype) for tier in tiers])
+
+
+def _padded(kept: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     padded = torch.zeros(shape, dtype=kept.dtype)
     padded[: kept.shape[0], : kept.shape[1]] = kept
     return padded

@@ -9,6 +9,7 @@ from camera_serve.cli.formatting import human_bytes, human_seconds, percent
 from camera_serve.cli.options import (
     CALIBRATION_FLAGS,
     RUN_FLAGS,
+    SOLVERS,
     output_option,
     recipe_from,
     with_flags,
@@ -28,9 +29,23 @@ if TYPE_CHECKING:
     "--prune", type=float, metavar="SHARE", help="Remove this share of each layer's micro-experts."
 )
 @click.option(
+    "--bits",
+    type=int,
+    metavar="B",
+    help="Quantize to B bits on average: tiers of B+1, B and B-1 bits.",
+)
+@click.option(
+    "--tier-ratio",
+    type=float,
+    default=0.2,
+    show_default=True,
+    help="With --bits: the share of micro-experts in the highest, and in the lowest tier.",
+)
+@click.option(
     "--plan",
     metavar="BITS:SHARE,…",
-    help="The tier plan, most important first: 16:0.6,0:0.4 is the same as --prune 0.4.",
+    help="The tier plan, most important first: 16:0.6,0:0.4 is the same as --prune 0.4, "
+    "3:0.2,2:0.6,1:0.2 the same as --bits 2.",
 )
 @click.option(
     "--recipe",
@@ -43,7 +58,21 @@ if TYPE_CHECKING:
     type=int,
     default=32,
     show_default=True,
-    help="Every expert's width is a multiple of this.",
+    help="Every expert's width in every tier is a multiple of this.",
+)
+@click.option(
+    "--group-size",
+    type=int,
+    default=128,
+    show_default=True,
+    help="Weights of a micro-expert that share a scale and a zero, in tiers below 16 bits.",
+)
+@click.option(
+    "--solver",
+    type=click.Choice(SOLVERS),
+    default="gptq",
+    show_default=True,
+    help="How codes are chosen: gptq, or rtn (round to nearest).",
 )
 @with_flags(CALIBRATION_FLAGS)
 @with_flags(RUN_FLAGS)
@@ -53,7 +82,7 @@ if TYPE_CHECKING:
 def compress(ctx: click.Context, model: str, output: Path, **flags: Any) -> None:
     """Compress MODEL, a local folder or a hub name, into the new folder given with -o.
 
-    Exactly one of --prune, --plan and --recipe says what to remove.
+    Exactly one of --prune, --bits, --plan and --recipe says what to keep, and at how many bits.
     """
     recipe = recipe_from(ctx)
     if flags["dry_run"]:
@@ -102,6 +131,12 @@ def _summary(report: "CompressionReport", output: Path) -> str:
         lines.append(
             f"{sum(unseen.values())} experts in {len(unseen)} layers saw no calibration token and "
             "were pruned first: give more calibration text if they matter"
+        )
+    rounded = sum(len(r.rounded_experts) for r in report.layers)
+    if rounded:
+        lines.append(
+            f"{rounded} experts saw too few calibration tokens for GPTQ and were rounded to "
+            "nearest: give more calibration text if they matter"
         )
     lines.append(f"wrote {output}; next: vllm serve {output}")
     return "\n".join(lines)

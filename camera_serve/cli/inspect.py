@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from camera_serve.inspection import Inspection, LayerInspection
 
 LEAST_SEEN = 3
-HEADER = ("layer", "d_ff min", "median", "max", "empty", "shared", "removed", "bytes")
+HEADER = ("layer", "d_ff min", "median", "max", "empty", "shared", "removed", "bits", "bytes")
 
 
 @click.command(short_help="Show layers, kept expert widths and bytes of a checkpoint.")
@@ -64,7 +64,8 @@ def _removed(inspection: "Inspection") -> str:
 
 def _sizes(inspection: "Inspection") -> str:
     total, experts = inspection.total_bytes, inspection.expert_bytes
-    return f"{human_bytes(total)} in all, {human_bytes(experts)} in experts"
+    bits = f"{inspection.bits_per_weight:.2f} bits per weight, scales and zeros counted"
+    return f"{human_bytes(total)} in all, {human_bytes(experts)} in experts: {bits}"
 
 
 def _layer_table(inspection: "Inspection") -> str:
@@ -82,7 +83,8 @@ def _layer_row(layer: "LayerInspection") -> tuple[object, ...]:
     shared = ", ".join(map(str, layer.shared_d_ff)) or "-"
     empty = layer.expert_d_ff.count(0)
     removed, size = percent(layer.removed_share), human_bytes(layer.expert_bytes)
-    return (layer.layer, low, f"{median:g}", high, empty, shared, removed, size)
+    bits = f"{layer.bits_per_weight:.2f}"
+    return (layer.layer, low, f"{median:g}", high, empty, shared, removed, bits, size)
 
 
 def _least_seen(layer: "LayerInspection") -> str:

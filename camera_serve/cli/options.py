@@ -16,6 +16,7 @@ SettingsT = TypeVar("SettingsT", bound="Settings")
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+SOLVERS = ("gptq", "rtn")
 
 CALIBRATION_FLAGS = (
     click.option(
@@ -98,14 +99,18 @@ def recipe_from(ctx: click.Context) -> "Recipe":
     from camera_serve.recipe import Recipe
 
     flags = ctx.params
-    given = [name for name in ("prune", "plan", "recipe") if flags[name] is not None]
+    ways = ("prune", "bits", "plan", "recipe")
+    given = [name for name in ways if flags[name] is not None]
     if len(given) != 1:
         found = " and ".join(f"--{name}" for name in given) or "none"
-        raise click.UsageError(f"Give exactly one of --prune, --plan and --recipe; found {found}.")
+        raise click.UsageError(
+            f"Give exactly one of --prune, --bits, --plan and --recipe; found {found}."
+        )
     if given == ["recipe"]:
         _refuse_flags_beside_recipe(ctx)
         return Recipe.load(flags["recipe"])
-    values = calibration_values(flags) | {"plan": _plan(flags), "align": flags["align"]}
+    own = {name: flags[name] for name in ("align", "group_size", "solver")}
+    values = calibration_values(flags) | {"plan": _plan(flags)} | own
     return validated(Recipe, values)
 
 
@@ -116,14 +121,17 @@ def _plan(flags: dict[str, Any]) -> "TierPlan":
     try:
         if flags["plan"] is not None:
             return TierPlan.parse(flags["plan"])
+        if flags["bits"] is not None:
+            return TierPlan.mixed(flags["bits"], flags["tier_ratio"])
         return TierPlan.prune(flags["prune"])
     except RecipeError as error:
-        flag = "--plan" if flags["plan"] is not None else "--prune"
-        raise click.BadParameter(str(error), param_hint=flag) from error
+        given = next(name for name in ("plan", "bits", "prune") if flags[name] is not None)
+        raise click.BadParameter(str(error), param_hint=_flag(given)) from error
 
 
 def _refuse_flags_beside_recipe(ctx: click.Context) -> None:
-    decided = ("alpha", "align", "calibration", "samples", "seq_len", "seed", "dtype")
+    calibration = ("alpha", "calibration", "samples", "seq_len", "seed", "dtype")
+    decided = (*calibration, "align", "tier_ratio", "group_size", "solver")
     for name in decided:
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError(

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 import click
 
 from camera_serve.cli.formatting import human_bytes, percent, table
-from camera_serve.cli.options import json_option
+from camera_serve.cli.options import json_option, validated
 from camera_serve.cli.progress import shown_progress
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from camera_serve.verification import LayerVerification, Verification
 
 
@@ -20,8 +22,22 @@ if TYPE_CHECKING:
     metavar="MODEL",
     help="The model OUT was made from: every kept micro-expert must be one of its own.",
 )
+@click.option(
+    "--calibration",
+    metavar="SOURCE",
+    help="With --against: also compare the output of every MoE layer on this text.",
+)
+@click.option("--samples", type=int, default=8, show_default=True, help="Windows of that text.")
+@click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens in a window.")
 @json_option
-def verify(model: str, against: str | None, as_json: bool) -> None:
+def verify(
+    model: str,
+    against: str | None,
+    calibration: str | None,
+    samples: int,
+    seq_len: int,
+    as_json: bool,
+) -> None:
     """Read every tensor of the checkpoint OUT and check it against its config.
 
     With --json, every dropped micro-expert is listed by its original index.
@@ -32,10 +48,35 @@ def verify(model: str, against: str | None, as_json: bool) -> None:
     original = resolve(against) if against else None
     with shown_progress() as on_progress:
         verification = verify_checkpoint(resolve(model), original, on_progress=on_progress)
+    errors: dict[int, float] = {}
+    if calibration:
+        if original is None:
+            raise click.UsageError("--calibration compares with the original: give --against MODEL")
+        settings = {"source": calibration, "samples": samples, "seq_len": seq_len}
+        errors = _output_errors(resolve(model), original, settings)
     if as_json:
-        click.echo(json.dumps(verification.to_json(), indent=2))
+        output_errors = {"output_errors": errors} if errors else {}
+        click.echo(json.dumps(verification.to_json() | output_errors, indent=2))
     else:
         click.echo(_report(verification))
+        if errors:
+            rows: list[tuple[object, ...]] = [(n, percent(e)) for n, e in errors.items()]
+            click.echo("\n" + table(("layer", "output error"), rows))
+
+
+def _output_errors(
+    model: "Path", original: "Path", settings: dict[str, object]
+) -> dict[int, float]:
+    import torch
+
+    from camera_serve.checkpoint.reader import Checkpoint
+    from camera_serve.fidelity import output_errors
+    from camera_serve.recipe import Calibration
+
+    pair = (Checkpoint.open(original), Checkpoint.open(model))
+    text = validated(Calibration, settings)
+    with shown_progress() as on_progress:
+        return output_errors(*pair, text, device=torch.device("cpu"), on_progress=on_progress)
 
 
 def _report(verification: "Verification") -> str:
@@ -45,6 +86,8 @@ def _report(verification: "Verification") -> str:
     )
     if verification.against is None:
         return checked
+    if not verification.layers:
+        return f"{checked}\nOK: every tensor outside the experts is byte-equal"
     header = ("layer", "dropped", "of", "share", "empty experts")
     rows = [_row(layer) for layer in verification.layers]
     equal = (

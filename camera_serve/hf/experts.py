@@ -1,113 +1,114 @@
-"""Ragged expert modules for transformers models, and how their weights are put together on load."""
-
-from collections.abc import Mapping
-from itertools import accumulate
-from typing import Any
+"""Ragged experts as transformers modules: plain tiers as parameters, packed tiers as buffers."""
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from camera_serve.kernels import RaggedLayer, ragged_moe
-from camera_serve.layout import LayerLayout
+from camera_serve.checkpoint.experts import read_experts, read_shared_experts
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier, micro_experts, ragged_moe
+from camera_serve.kernels.reference import Rows
 from camera_serve.models import MoeStructure
-from camera_serve.models.structure import PROJECTIONS
+
+
+class RowsModule(nn.Module):
+    """The rows of one projection in one tier; packed rows stay packed."""
+
+    def __init__(self, rows: Rows, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bits = rows.bits if isinstance(rows, PackedRows) else 16
+        if isinstance(rows, PackedRows):
+            self.register_buffer("words", rows.words)
+            self.register_buffer("scales", rows.scales)
+            self.register_buffer("zeros", rows.zeros)
+        else:
+            self.weight = nn.Parameter(rows.to(dtype), requires_grad=False)
+
+    def rows(self) -> Rows:
+        """The rows as the kernel takes them."""
+        if self.bits == 16:
+            return self.weight
+        words, scales, zeros = (self.get_buffer(name) for name in ("words", "scales", "zeros"))
+        # A model moved to another dtype takes its buffers along: scales are float16 by format.
+        return PackedRows(self.bits, words, scales.half(), zeros.half())
+
+
+class TierModule(nn.Module):
+    """One tier of a ragged layer."""
+
+    def __init__(self, tier: RaggedTier, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (
+            RowsModule(rows, dtype) for rows in (tier.gate, tier.up, tier.down)
+        )
+        self.offsets = tier.offsets
+
+    def tier(self) -> RaggedTier:
+        """The tier as the kernel takes it."""
+        return RaggedTier(self.gate.rows(), self.up.rows(), self.down.rows(), self.offsets)
 
 
 class RaggedExperts(nn.Module):
-    """The routed experts of one MoE layer, each at its own d_ff.
+    """The routed experts of one MoE layer, each at its own d_ff and bits."""
 
-    gate, up, down: `[sum(expert_d_ff), d_model]`, see `RaggedLayer`; None when the layer kept no
-    micro-expert, because transformers would miss an empty tensor in the checkpoint.
-    """
-
-    gate: nn.Parameter
-    up: nn.Parameter
-    down: nn.Parameter
-
-    def __init__(self, d_model: int, expert_d_ff: tuple[int, ...]) -> None:
+    def __init__(self, layer: RaggedLayer, dtype: torch.dtype) -> None:
         super().__init__()
-        self.offsets = tuple(accumulate(expert_d_ff, initial=0))
-        num_rows = self.offsets[-1]
-        for projection in PROJECTIONS:
-            rows = nn.Parameter(torch.empty(num_rows, d_model)) if num_rows else None
-            self.register_parameter(projection, rows)
+        self.tiers = nn.ModuleList(TierModule(tier, dtype) for tier in layer.tiers)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """transformers' experts interface: `[num_tokens, d_model]` to the same shape and dtype."""
-        if self.offsets[-1] == 0:
-            return torch.zeros_like(hidden_states)
-        layer = RaggedLayer(self.gate, self.up, self.down, self.offsets)
+        layer = RaggedLayer(_tiers(self.tiers))
         return ragged_moe(hidden_states, top_k_weights, top_k_index, layer)
 
 
-class NoSharedExpert(nn.Module):
-    """A shared expert that kept no micro-expert."""
+class RaggedSharedExperts(nn.Module):
+    """The shared experts of one MoE layer, one MLP of their kept width."""
+
+    def __init__(self, layer: RaggedLayer, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.tiers = nn.ModuleList(TierModule(tier, dtype) for tier in layer.tiers)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Zeros like the input."""
-        return torch.zeros_like(hidden_states)
+        """`[..., d_model]` to the same shape and dtype."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        out = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+        for tier in _tiers(self.tiers):
+            if tier.offsets[-1]:
+                out += micro_experts(tokens, tier, tier.rows(0)).float()
+        return out.to(hidden_states.dtype).view(hidden_states.shape)
 
 
-class ConcatRows(ConversionOps):
-    """Concatenates per-expert tensors into a ragged layer's rows (Algorithm 2, lines 10-13)."""
-
-    def __init__(self, transpose: bool) -> None:
-        self.transpose = transpose
-
-    @torch.no_grad()
-    def convert(
-        self,
-        input_dict: dict[str, list[torch.Tensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
-        """`[d_ff_e, d_model]` per expert (down: `[d_model, d_ff_e]`) to `[num_rows, d_model]`.
-
-        transformers hands the tensors over in the order of their expert numbers.
-        """
-        (tensors,) = input_dict.values()
-        rows = [tensor.T for tensor in tensors] if self.transpose else tensors
-        return {target_patterns[0]: torch.cat(rows)}
+def remove_experts(model: nn.Module, structure: MoeStructure) -> None:
+    """Take the experts out of a model on the meta device: `add_experts` reads them apart."""
+    for moe in _moe_layers(model, structure).values():
+        moe.experts = nn.Identity()
+        if structure.shared_d_ff:
+            setattr(moe, str(structure.family.shared_name), nn.Identity())
 
 
-def converters(structure: MoeStructure) -> list[WeightConverter]:
-    """One converter per projection, from the checkpoint's per-expert names to `RaggedExperts`."""
-    return [
-        WeightConverter(
-            source_patterns=f"mlp.experts.*.{structure.projection_name(projection)}.weight",
-            target_patterns=f"mlp.experts.{projection}",
-            operations=[ConcatRows(transpose=projection == "down")],
-        )
-        for projection in PROJECTIONS
-    ]
+def add_experts(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Read the ragged experts of every MoE layer and put them where the family's own stood."""
+    for layer, moe in _moe_layers(model, checkpoint.structure).items():
+        put_experts(moe, checkpoint, layer, dtype)
 
 
-def replace_moe_layers(
-    model: nn.Module, structure: MoeStructure, layouts: Mapping[str, LayerLayout]
-) -> None:
-    """Swap the experts and shared experts of `model` for modules of their kept widths.
-
-    layouts: `LayerLayout` by MoE prefix in the checkpoint (`model.layers.3.mlp`).
-    """
-    for layer in structure.moe_layers:
-        prefix = structure.moe_prefix(layer)
-        layout = layouts[prefix]
-        moe = model.get_submodule(structure.to_hf_name(f"{prefix}.experts").rpartition(".")[0])
-        moe.experts = RaggedExperts(structure.d_model, layout.expert_d_ff)
-        for width in layout.shared_d_ff:
-            _narrow_shared_expert(moe, structure, width)
+def put_experts(moe: nn.Module, checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> None:
+    """Put a checkpoint's ragged experts of one layer into a MoE module, shared ones included."""
+    structure = checkpoint.structure
+    device = next(moe.parameters()).device
+    moe.experts = RaggedExperts(read_experts(checkpoint, layer), dtype).to(device)
+    if structure.shared_d_ff:
+        shared = RaggedSharedExperts(read_shared_experts(checkpoint, layer), dtype)
+        setattr(moe, str(structure.family.shared_name), shared.to(device))
 
 
-def _narrow_shared_expert(moe: nn.Module, structure: MoeStructure, width: int) -> None:
-    name = str(structure.family.shared_name)
-    if width == 0:
-        setattr(moe, name, NoSharedExpert())
-        return
-    mlp = moe.get_submodule(name)
-    mlp.gate_proj = nn.Linear(structure.d_model, width, bias=False)
-    mlp.up_proj = nn.Linear(structure.d_model, width, bias=False)
-    mlp.down_proj = nn.Linear(width, structure.d_model, bias=False)
+def _tiers(modules: nn.ModuleList) -> tuple[RaggedTier[Rows], ...]:
+    return tuple(module.tier() for module in modules if isinstance(module, TierModule))
+
+
+def _moe_layers(model: nn.Module, structure: MoeStructure) -> dict[int, nn.Module]:
+    # A single MoE layer's parts lie in `mlp` in every family, whatever the checkpoint calls it.
+    return {
+        layer: model.get_submodule(f"model.layers.{layer}.mlp") for layer in structure.moe_layers
+    }

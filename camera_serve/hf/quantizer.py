@@ -1,5 +1,6 @@
 """The quantizer of the method `camera`: how `from_pretrained` loads a compressed checkpoint."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,8 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from camera_serve.checkpoint.format import CameraQuantizationConfig
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CheckpointError
-from camera_serve.hf import experts
-from camera_serve.models import MoeStructure, describe
+from camera_serve.hf.experts import add_experts, remove_experts
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +42,7 @@ class CameraHfQuantizer(HfQuantizer):
     """Loads a compressed checkpoint as ragged experts and narrower shared experts."""
 
     quantization_config: CameraHfConfig
-    structure: MoeStructure
+    checkpoint: Checkpoint
 
     def __init__(self, quantization_config: CameraHfConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -58,14 +58,17 @@ class CameraHfQuantizer(HfQuantizer):
             )
         # transformers does not compare shapes when a quantizer is present, and only warns of
         # missing tensors.
-        Checkpoint.open(Path(checkpoint_files[0]).parent)
-        self.structure = describe(model.config)
-        settings = self.quantization_config.settings
-        prefixes = [self.structure.moe_prefix(layer) for layer in self.structure.moe_layers]
-        layouts = {prefix: settings.layout(prefix) for prefix in prefixes}
-        experts.replace_moe_layers(model, self.structure, layouts)
+        self.checkpoint = Checkpoint.open(Path(checkpoint_files[0]).parent)
+        remove_experts(model, self.checkpoint.structure)
+        ours = [re.escape(prefix) for prefix in self._expert_prefixes()]
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | set(ours)
         self._dtypes = {name: param.dtype for name, param in model.named_parameters()}
         return model
+
+    def _expert_prefixes(self) -> list[str]:
+        structure = self.checkpoint.structure
+        return [structure.to_hf_name(prefix) for prefix in structure.expert_prefixes()]
 
     def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Leave every layer whole: the family's plans would cut ragged experts as stacked ones."""
@@ -76,9 +79,8 @@ class CameraHfQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform]
     ) -> list[WeightTransform]:
-        """Put ragged converters in the place of those that stack experts of equal width."""
-        kept = [c for c in weight_conversions if not _stacks_experts(c)]
-        return kept + experts.converters(self.structure)
+        """Drop the converters that stack experts of equal width."""
+        return [c for c in weight_conversions if not _stacks_experts(c)]
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -86,6 +88,7 @@ class CameraHfQuantizer(HfQuantizer):
         # With a quantizer present, transformers keeps the stored dtype of every renamed tensor.
         for name, param in model.named_parameters():
             param.data = param.data.to(self._dtypes[name])
+        add_experts(model, self.checkpoint, model.dtype)
         return model
 
     def is_serializable(self) -> bool:

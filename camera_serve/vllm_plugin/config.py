@@ -23,6 +23,7 @@ from camera_serve.vllm_plugin.compat import hub_shapes
 from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
 from camera_serve.vllm_plugin.loading import check_folder, check_hub_model
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
+from camera_serve.vllm_plugin.packed_linear import PackedDownMethod, PackedGateUpMethod
 
 
 class CameraConfig(QuantizationConfig):
@@ -95,6 +96,9 @@ class CameraConfig(QuantizationConfig):
         moe_prefix, _, name = module.rpartition(".")
         if name and name == self._family.shared_name and moe_prefix in self.quantization.layers:
             shared = self.quantization.layout(moe_prefix).shared
+            if min(self.quantization.bits) < 16:
+                packed = {"gate_up_proj": PackedGateUpMethod, "down_proj": PackedDownMethod}
+                return packed[linear](shared, self.quantization.tiers, module)
             method = {"gate_up_proj": SharedGateUpMethod, "down_proj": SharedDownMethod}[linear]
             return method(shared, module)
         return UnquantizedLinearMethod()
@@ -107,10 +111,10 @@ class CameraConfig(QuantizationConfig):
         projections = dict(zip(PROJECTIONS, self._family.projections, strict=True))
 
         def name(expert: int, projection: Projection) -> str:
-            return f"{moe_prefix}.experts.{expert}.{projections[projection]}.weight"
+            return f"{moe_prefix}.experts.{expert}.{projections[projection]}"
 
         counts = self.quantization.layout(moe_prefix).experts
-        return CameraMoEMethod(layer.moe_config, counts, moe_prefix, name)
+        return CameraMoEMethod(layer.moe_config, counts, self.quantization.tiers, moe_prefix, name)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
+from camera_serve.checkpoint.format import DENSE_TIERS
 from camera_serve.errors import CheckpointError
 from camera_serve.models import Projection
 from camera_serve.vllm_plugin.compat import weights_are_read
@@ -47,11 +48,11 @@ class _SharedExpertMethod(UnquantizedLinearMethod):
         """Set up the loader; returns the width every rank allocates."""
         tp_size, tp_rank = layer.tp_size, layer.tp_rank
         split = split_layer(self._counts, tp_size=tp_size, tp_rank=tp_rank)
-        self._loader = RowLoader(split, self._name, d_model, self.projections)
+        self._loader = RowLoader(split, DENSE_TIERS, self._name, d_model, self.projections)
         return padded_rows(self._counts, tp_size)
 
     def _name(self, expert: int, projection: Projection) -> str:
-        return f"{self._module}.{projection}_proj.weight"
+        return f"{self._module}.{projection}_proj"
 
 
 class SharedGateUpMethod(_SharedExpertMethod):
@@ -89,7 +90,7 @@ class SharedGateUpMethod(_SharedExpertMethod):
     def _load(self, param: Parameter, loaded_weight: torch.Tensor, shard_id: int) -> None:
         assert self._loader is not None
         rows = param.data.unflatten(0, (2, -1))[shard_id]
-        self._loader.load(rows, loaded_weight, 0, self.projections[shard_id])
+        self._loader.load([rows], loaded_weight, 0, self.projections[shard_id])
 
 
 class SharedDownMethod(_SharedExpertMethod):
@@ -126,4 +127,4 @@ class SharedDownMethod(_SharedExpertMethod):
         self, param: Parameter, loaded_weight: torch.Tensor, shard_id: int | None = None
     ) -> None:
         assert self._loader is not None
-        self._loader.load(param.data.t(), loaded_weight, 0, "down")
+        self._loader.load([param.data.t()], loaded_weight, 0, "down")

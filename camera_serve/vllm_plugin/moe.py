@@ -1,6 +1,7 @@
 """Routed experts in vLLM: ragged parameters, their loading, and the call of the kernel."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +13,20 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from camera_serve.checkpoint.format import PARTS, Part, Tiers
 from camera_serve.errors import ServingError
-from camera_serve.kernels import RaggedLayer, ragged_moe
+from camera_serve.kernels import RaggedLayer, RaggedTier, ragged_moe
 from camera_serve.models import Projection
 from camera_serve.vllm_plugin.compat import MoEMethodBase, weights_are_read
-from camera_serve.vllm_plugin.loading import RankSplit, RowLoader, TierCounts, split_layer
+from camera_serve.vllm_plugin.loading import (
+    RankRows,
+    RankSplit,
+    RowLoader,
+    TierCounts,
+    fill_dummy_grids,
+    part_dtype,
+    split_layer,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -28,18 +38,20 @@ class CameraMoEMethod(MoEMethodBase):
     """The experts of one MoE layer, each at its own d_ff.
 
     counts: micro-experts by expert and tier; moe_prefix: `model.layers.3.mlp`; name: the checkpoint
-    name of an expert's projection. Raises `ServingError` for what the kernel cannot do.
+    prefix of an expert's projection. Raises `ServingError` for what the kernel cannot do.
     """
 
     def __init__(
         self,
         moe: FusedMoEConfig,
         counts: TierCounts,
+        tiers: Tiers,
         moe_prefix: str,
         name: Callable[[int, Projection], str],
     ) -> None:
         super().__init__(moe)
         self._counts = counts
+        self._tiers = tiers
         self._prefix = moe_prefix
         self._name = name
         self._loader: RowLoader | None = None
@@ -54,21 +66,20 @@ class CameraMoEMethod(MoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Allocate the rank's rows only: gate and up `[2, rows, d_model]`, down `[rows, d_model]`.
+        """Allocate the rank's rows of every tier only (`RankRows`); gate and up come in pairs.
 
         Down is stored transposed. Experts of other ranks have no rows, so global expert ids index
         `ragged_offsets` on every rank and no expert map is needed.
         """
         self._refuse_layer_settings(layer)
         split = self._split(layer)
-        self._loader = RowLoader(split, self._name, hidden_size)
-        for name, shape in (
-            ("w13_weight", (2, split.num_rows, hidden_size)),
-            ("w2_weight", (split.num_rows, hidden_size)),
-        ):
-            weight = Parameter(torch.empty(shape, dtype=params_dtype), requires_grad=False)
-            set_weight_attrs(weight, {"weight_loader": self._load})
-            layer.register_parameter(name, weight)
+        self._loader = RowLoader(split, self._tiers, self._name, hidden_size)
+        for part, shape in RankRows.shapes(split.num_rows, self._tiers, hidden_size).items():
+            dtype = part_dtype(part, params_dtype)
+            for name, full in ((f"w13_{part}", (2, *shape)), (f"w2_{part}", shape)):
+                weight = Parameter(torch.empty(full, dtype=dtype), requires_grad=False)
+                set_weight_attrs(weight, {"weight_loader": partial(self._load, layer, part)})
+                layer.register_parameter(name, weight)
         offsets = torch.tensor(split.offsets, dtype=torch.int64)
         layer.register_buffer("ragged_offsets", offsets, persistent=False)
 
@@ -87,7 +98,9 @@ class CameraMoEMethod(MoEMethodBase):
 
     def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
         """Refuse to serve weights that never arrived; random weights are wanted for `dummy`."""
-        if self._loader and weights_are_read():
+        if not weights_are_read():
+            fill_dummy_grids(layer.w13_scales, layer.w2_scales)
+        elif self._loader:
             self._loader.check_complete()
 
     def apply(
@@ -100,12 +113,16 @@ class CameraMoEMethod(MoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """The rank's summand of the layer's output, as x: `[num_tokens, d_model]`."""
+        gate_up = [getattr(layer, f"w13_{part}") for part in PARTS]
+        down = [getattr(layer, f"w2_{part}") for part in PARTS]
         return torch.ops.vllm.camera_ragged_moe(
-            x, topk_weights, topk_ids, layer.w13_weight, layer.w2_weight, layer.ragged_offsets
+            x, topk_weights, topk_ids, gate_up, down, layer.ragged_offsets, list(self._tiers.bits)
         )
 
     def _load(
         self,
+        layer: "RoutedExperts",
+        part: Part,
         param: Parameter,
         loaded_weight: torch.Tensor,
         weight_name: str,
@@ -113,9 +130,14 @@ class CameraMoEMethod(MoEMethodBase):
         expert_id: int,
         return_success: bool = False,
     ) -> bool:
-        rows = param.data if shard_id == "w2" else param.data[0 if shard_id == "w1" else 1]
         assert self._loader is not None
-        return self._loader.load(rows, loaded_weight, expert_id, _PROJECTIONS[shard_id])
+        if shard_id == "w2":
+            held = RankRows(*(getattr(layer, f"w2_{p}").data for p in PARTS))
+        else:
+            half = 0 if shard_id == "w1" else 1
+            held = RankRows(*(getattr(layer, f"w13_{p}").data[half] for p in PARTS))
+        rows = held.by_tier(self._loader.split.num_rows, self._tiers.bits)
+        return self._loader.load(rows, loaded_weight, expert_id, _PROJECTIONS[shard_id], part)
 
     def _split(self, layer: "RoutedExperts") -> RankSplit:
         local_id = layer._map_global_expert_id_to_local_expert_id
@@ -163,11 +185,16 @@ def _ragged_moe(
     x: torch.Tensor,
     top_k_weights: torch.Tensor,
     top_k_ids: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
     offsets: torch.Tensor,
+    bits: list[int],
 ) -> torch.Tensor:
-    layer = RaggedLayer(gate_up[0], gate_up[1], down, tuple(offsets.tolist()))
+    by_tier = [tuple(row) for row in offsets.tolist()]
+    num_rows = [row[-1] for row in by_tier]
+    gate, up = (RankRows(*(part[i] for part in gate_up)).by_tier(num_rows, bits) for i in (0, 1))
+    rows = zip(gate, up, RankRows(*down).by_tier(num_rows, bits), by_tier, strict=True)
+    layer = RaggedLayer(tuple(RaggedTier(*tier) for tier in rows))
     return ragged_moe(x, top_k_weights, top_k_ids, layer)
 
 
@@ -175,9 +202,10 @@ def _ragged_moe_shape(
     x: torch.Tensor,
     top_k_weights: torch.Tensor,
     top_k_ids: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
     offsets: torch.Tensor,
+    bits: list[int],
 ) -> torch.Tensor:
     return torch.empty_like(x)
 
