@@ -13,7 +13,7 @@ from camera_serve import AnalysisSettings, Calibration, analyze
 from camera_serve.calibration import calibration_tokens
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.energy import CoefficientSums, RoutedExpertsMeter, coefficients
-from camera_serve.kernels import RaggedLayer
+from camera_serve.kernels import RaggedTier
 from tests import tiny_models
 
 TEXT = Path(__file__).read_text() * 8
@@ -111,10 +111,10 @@ def test_coefficients_carry_the_routing_weight() -> None:
 
 
 def test_an_expert_never_routed_has_energy_0_and_no_nan() -> None:
-    layer = RaggedLayer(*(torch.randn(6, 4) for _ in range(3)), offsets=(0, 2, 4, 6))
-    meter = RoutedExpertsMeter(layer)
+    experts = RaggedTier(*(torch.randn(6, 4) for _ in range(3)), offsets=(0, 2, 4, 6))
+    meter = RoutedExpertsMeter(experts, torch.device("cpu"))
     out = meter(torch.randn(5, 4), torch.tensor([[0], [0], [2], [2], [0]]), torch.ones(5, 1))
-    energies = meter.sums.energies(layer.down, 0.95)
+    energies = meter.sums.energies(experts.down, 0.95)
     assert meter.sums.tokens.tolist() == [3, 0, 2]
     assert energies[2:4].tolist() == [0.0, 0.0]
     assert (energies[[0, 1, 4, 5]] > 0).all()

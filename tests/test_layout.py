@@ -1,10 +1,10 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from camera_serve.errors import RecipeError
-from camera_serve.layout import kept_micro_experts, rank, tier_counts
+from camera_serve.layout import rank, tier_counts, tier_totals
 from camera_serve.recipe import Tier, TierPlan
 
 PRUNE_40 = TierPlan.prune(0.4)
@@ -63,6 +63,7 @@ def layers(draw: st.DrawFn) -> tuple[list[torch.Tensor], TierPlan, int]:
         torch.tensor(draw(st.lists(values, min_size=w * align, max_size=w * align))) for w in widths
     ]
     kept = draw(st.floats(0.05, 0.95))
+    assume(round(kept * sum(widths)) > 0)
     return (
         energies,
         TierPlan(tiers=(Tier(bits=16, fraction=kept), Tier(bits=0, fraction=1 - kept))),
@@ -79,7 +80,7 @@ def test_counts_are_aligned_and_sum_both_ways(
     total = sum(len(e) for e in energies)
     assert all(n % align == 0 and n >= 0 for tiers in counts for n in tiers)
     assert [sum(tiers) for tiers in counts] == [len(e) for e in energies]
-    assert sum(tiers[0] for tiers in counts) == kept_micro_experts(plan, total, align)
+    assert sum(tiers[0] for tiers in counts) == sum(tier_totals(plan, total, align).values())
 
 
 @given(layers())
@@ -89,9 +90,30 @@ def test_counts_stay_within_one_unit_of_the_exact_cut(
     energies, plan, align = case
     counts = tier_counts(energies, plan, align)
     total = sum(len(e) for e in energies)
-    top = set(rank(torch.cat(energies))[: kept_micro_experts(plan, total, align)].tolist())
+    top = set(rank(torch.cat(energies))[: sum(tier_totals(plan, total, align).values())].tolist())
     start = 0
     for tiers, expert in zip(counts, energies, strict=True):
         exact = sum(index in top for index in range(start, start + len(expert)))
         assert abs(tiers[0] - exact) < align
         start += len(expert)
+
+
+def test_a_plan_that_rounds_to_nothing_is_refused() -> None:
+    with pytest.raises(RecipeError, match="prunes all 64 micro-experts of a layer once rounded"):
+        tier_totals(TierPlan.prune(0.99), 64, 32)
+
+
+def test_three_tiers_share_one_ranking() -> None:
+    plan = TierPlan.parse("3:0.25,2:0.5,1:0.25")
+    counts = tier_counts(energies_of([9, 8, 7, 1], [6, 5, 4, 3]), plan, 1)
+    assert counts == ((2, 1, 1), (0, 3, 1))
+
+
+def test_tiers_rounded_apart_never_cross() -> None:
+    plan = TierPlan.parse("8:0.1,4:0.1,3:0.1,2:0.3,1:0.2,0:0.2")
+    torch.manual_seed(3)
+    counts = tier_counts([torch.rand(64) ** 8 * 10**e for e in range(6)], plan, 16)
+    assert all(n >= 0 and n % 16 == 0 for tiers in counts for n in tiers)
+    assert [sum(tiers) for tiers in counts] == [64] * 6
+    totals = tier_totals(plan, 6 * 64, 16)
+    assert [sum(column) for column in zip(*counts, strict=True)][:-1] == list(totals.values())

@@ -6,8 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CheckpointError
-from camera_serve.kernels import RaggedLayer
-from camera_serve.streaming import ModelStream, RoutedExperts, select_rows
+from camera_serve.streaming import ModelStream
 from tests import tiny_models
 
 
@@ -17,7 +16,7 @@ def stream_all(path: Path, tokens: torch.Tensor) -> torch.Tensor:
     for layer in range(stream.structure.num_layers):
         loaded = stream.load(layer)
         if loaded.experts is not None:
-            loaded.use_experts(RoutedExperts(loaded.experts))
+            loaded.use_experts(loaded.experts)
         hidden = stream.run(layer, loaded, hidden)
     return hidden
 
@@ -58,17 +57,6 @@ def test_batches_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.Mo
     whole = stream_all(path, tokens)
     monkeypatch.setattr("camera_serve.streaming.TOKENS_PER_BATCH", 32)
     torch.testing.assert_close(stream_all(path, tokens), whole, rtol=1e-5, atol=1e-5)
-
-
-def test_select_rows_keeps_order_and_empties_experts() -> None:
-    rows = torch.arange(12.0).view(6, 2)
-    layer = RaggedLayer(rows, rows + 100, rows + 200, offsets=(0, 2, 4, 6))
-    kept = [torch.tensor([1, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([1])]
-    narrow = select_rows(layer, kept)
-    assert narrow.offsets == (0, 2, 2, 3)
-    assert narrow.gate.equal(rows[[1, 0, 5]])
-    assert narrow.up.equal(rows[[1, 0, 5]] + 100)
-    assert narrow.down.equal(rows[[1, 0, 5]] + 200)
 
 
 def test_nan_weights_are_named(tmp_path: Path) -> None:

@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 
-from camera_serve.checkpoint.format import CameraQuantizationConfig, dense_layout, expert_shapes
+from camera_serve.checkpoint.format import (
+    DENSE_TIERS,
+    CameraQuantizationConfig,
+    dense_layout,
+    expert_shapes,
+)
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CheckpointError
 from camera_serve.layout import LayerLayout
@@ -32,7 +37,7 @@ def test_json_survives_a_round_trip(compressed: Path) -> None:
 def test_shapes_follow_the_layout_and_empty_experts_are_absent(compressed: Path) -> None:
     structure = pruning.structure_of(compressed)
     experts = ((0,), (1,), (17,), *dense_layout(structure).experts[3:])
-    shapes = expert_shapes(structure, 1, LayerLayout(experts=experts, shared=((5,),)))
+    shapes = expert_shapes(structure, 1, LayerLayout(experts=experts, shared=((5,),)), DENSE_TIERS)
     prefix = "model.layers.1.mlp"
     assert not any(name.startswith(f"{prefix}.experts.0.") for name in shapes)
     assert shapes[f"{prefix}.experts.1.gate_proj.weight"] == (1, 64)

@@ -9,7 +9,7 @@ import camera_serve.hf  # noqa: F401
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CheckpointError, OutputError
 from converters.dense import convert_to_dense
-from tests import pruning, tiny_models
+from tests import pruning, quantized, tiny_models
 
 # The ragged and the padded layer sum the same float32 terms in another order; logits have a
 # standard deviation of 4.
@@ -104,14 +104,16 @@ def test_a_dense_checkpoint_is_refused(tmp_path):
         convert_to_dense(dense, tmp_path / "out")
 
 
-def test_quantized_tiers_are_refused(tmp_path, monkeypatch):
-    _, compressed, _ = compress(tmp_path, "olmoe")
-    config = json.loads((compressed / "config.json").read_text())
-    config["quantization_config"]["bits"] = [3]
-    (compressed / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("camera_serve.checkpoint.format.SERVED_BITS", (16, 3, 0))
-    with pytest.raises(CheckpointError, match=r"tiers of \[3\] bits"):
-        convert_to_dense(compressed, tmp_path / "out")
+def test_packed_tiers_become_the_weights_they_stand_for(tmp_path):
+    dense = tiny_models.save("qwen2_moe", tmp_path / "dense", dtype=torch.float32)
+    quantized.compress(dense, tmp_path / "camera", "16:0.1,3:0.3,1:0.4,0:0.2")
+    convert_to_dense(tmp_path / "camera", tmp_path / "out")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    wanted = quantized.dequantized(dense, tmp_path / "camera")
+    for (name, found), (_, expected) in zip(
+        ours.named_parameters(), wanted.named_parameters(), strict=True
+    ):
+        assert found.equal(expected), name
 
 
 def test_a_checkpoint_that_lies_is_refused_and_leaves_nothing(tmp_path):

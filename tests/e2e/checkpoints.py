@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tests import editing, pruning, tiny_models
+from tests import editing, pruning, quantized, tiny_models
 from tests.e2e.engine import NUM_TOKENS, PROMPTS, Answer
 
 # Float32 on both sides, so only the order of sums differs: 4e-5 was the largest difference seen.
@@ -34,12 +34,24 @@ def make(
     family: str, folder: Path, widths: pruning.Widths = pruning.hostile
 ) -> tuple[Path, torch.nn.Module]:
     """A compressed checkpoint, and transformers' original model with the same rows zeroed."""
+    dense = _dense(family, folder)
+    kept = pruning.prune(dense, folder / "pruned", widths)
+    return folder / "pruned", pruning.zeroed(dense, kept)
+
+
+def make_quantized(family: str, folder: Path, plan: str) -> tuple[Path, torch.nn.Module]:
+    """A quantized checkpoint, and transformers' original model with the weights it stands for."""
+    dense = _dense(family, folder)
+    quantized.compress(dense, folder / "quantized", plan)
+    return folder / "quantized", quantized.dequantized(dense, folder / "quantized")
+
+
+def _dense(family: str, folder: Path) -> Path:
     dense = tiny_models.save(family, folder / "dense", **_OVERRIDES.get(family, {}))
     if family == "phimoe":
         # vLLM leaves the bias of Phi's head out, in the dense model just the same.
         editing.edit_weights(dense, lambda tensors: tensors["lm_head.bias"].zero_())
-    kept = pruning.prune(dense, folder / "pruned", widths)
-    return folder / "pruned", pruning.zeroed(dense, kept)
+    return dense
 
 
 @torch.no_grad()

@@ -111,10 +111,15 @@ def _expert_bytes(model: Any) -> int:
             # Wherever a second copy could hide, not only where the weights should be.
             for owner in (vars(module), vars(module.quant_method), module._parameters):
                 for value in owner.values():
-                    if hasattr(value, "untyped_storage") and value.dim() > 1:
+                    if hasattr(value, "untyped_storage") and _is_weight(value):
                         storage = value.untyped_storage()
                         sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
+
+
+def _is_weight(tensor: Any) -> bool:
+    """Matrices, and packed rows; not the router's bias that vLLM keeps beside them."""
+    return bool(tensor.dim() > 1 or not tensor.is_floating_point())
 
 
 def _inspect_here(model: Path) -> None:

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2M
 
 import camera_serve.hf
 from camera_serve.errors import CheckpointError
-from tests import pruning, tiny_models
+from tests import pruning, quantized, tiny_models
 
 # Both models sum the same float32 terms in another order; logits have a standard deviation of 4
 # and the layers' rounding errors stay below 1e-4 of that.
@@ -198,3 +198,23 @@ def test_tensor_parallel_plans_leave_the_experts_whole(tmp_path):
 def test_registration_is_repeatable():
     camera_serve.hf.register()
     camera_serve.hf.register()
+
+
+@pytest.mark.parametrize("plan", ["3:0.2,2:0.6,1:0.2", "16:0.1,8:0.1,4:0.2,2:0.3,0:0.3"])
+def test_packed_tiers_give_the_model_with_the_weights_they_stand_for(tmp_path, family, plan):
+    dense = tiny_models.save(family, tmp_path / "dense", dtype=torch.float32)
+    quantized.compress(dense, tmp_path / "camera", plan)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "camera", dtype=torch.float32)
+    expected = logits(quantized.dequantized(dense, tmp_path / "camera"))
+    unchanged = logits(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32))
+    assert (expected - unchanged).abs().max() > 0.5
+    torch.testing.assert_close(logits(model), expected, **FLOAT32)
+
+
+def test_packed_tiers_stay_packed_in_memory(tmp_path):
+    dense = tiny_models.save("qwen3_moe", tmp_path / "dense")
+    quantized.compress(dense, tmp_path / "camera", "2:1")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "camera")
+    held = sum(b.nbytes for n, b in model.named_buffers() if ".experts." in n)
+    # 2 layers × 8 experts × 64 micro-experts × 3 vectors of 64 codes of 2 bits and 2 × 2 × 16 bits.
+    assert held == 2 * 8 * 64 * 3 * (64 * 2 // 8 + 2 * 2 * 2)

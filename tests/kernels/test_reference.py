@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from camera_serve.kernels import RaggedLayer, ragged_moe
+from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier, dense_rows, ragged_moe
+from camera_serve.quantize.packing import pack
 
 D_MODEL = 16
 
@@ -15,7 +16,7 @@ def make_layer(widths: list[int], dtype: torch.dtype = torch.float32, seed: int 
         for _ in range(3)
     ]
     offsets = torch.tensor([0, *widths]).cumsum(0).tolist()
-    return RaggedLayer(*matrices, offsets=tuple(offsets))
+    return RaggedLayer((RaggedTier(*matrices, offsets=tuple(offsets)),))
 
 
 def by_definition(
@@ -27,11 +28,12 @@ def by_definition(
         for expert, weight in zip(chosen, share, strict=True):
             if not 0 <= expert < layer.num_experts:
                 continue
-            for row in range(layer.offsets[expert], layer.offsets[expert + 1]):
-                gate = (layer.gate[row].double() @ x[token].double()).item()
-                up = (layer.up[row].double() @ x[token].double()).item()
+            (tier,) = layer.tiers
+            for row in range(tier.offsets[expert], tier.offsets[expert + 1]):
+                gate = (tier.gate[row].double() @ x[token].double()).item()
+                up = (tier.up[row].double() @ x[token].double()).item()
                 silu = gate / (1 + torch.exp(torch.tensor(-gate, dtype=torch.float64)).item())
-                out[token] += weight * silu * up * layer.down[row].double()
+                out[token] += weight * silu * up * tier.down[row].double()
     return out
 
 
@@ -84,8 +86,9 @@ def test_all_tokens_on_one_expert() -> None:
     layer = make_layer([5, 3, 4])
     x, ids = torch.randn(20, D_MODEL), torch.full((20, 1), 1)
     out = ragged_moe(x, torch.ones(20, 1), ids, layer)
-    alone = make_layer([5, 3, 4])
-    one = RaggedLayer(alone.gate[5:8], alone.up[5:8], alone.down[5:8], offsets=(0, 3))
+    (tier,) = layer.tiers
+    rows = (tier.gate[5:8], tier.up[5:8], tier.down[5:8])
+    one = RaggedLayer((RaggedTier(*rows, offsets=(0, 3)),))
     assert out.equal(ragged_moe(x, torch.ones(20, 1), torch.zeros(20, 1, dtype=torch.int64), one))
 
 
@@ -103,7 +106,9 @@ def test_ids_of_experts_held_elsewhere_add_nothing() -> None:
 def test_order_inside_an_expert_does_not_matter() -> None:
     layer = make_layer([6, 9])
     order = torch.cat([torch.randperm(6), 6 + torch.randperm(9)])
-    shuffled = RaggedLayer(layer.gate[order], layer.up[order], layer.down[order], layer.offsets)
+    (tier,) = layer.tiers
+    rows = (tier.gate[order], tier.up[order], tier.down[order])
+    shuffled = RaggedLayer((RaggedTier(*rows, tier.offsets),))
     x, (weights, ids) = torch.randn(8, D_MODEL), route(8, 2, 1)
     out, again = ragged_moe(x, weights, ids, layer), ragged_moe(x, weights, ids, shuffled)
     torch.testing.assert_close(again, out, rtol=1e-5, atol=1e-6)
@@ -126,3 +131,46 @@ def test_the_input_is_not_changed() -> None:
     before = x.clone()
     ragged_moe(x, *route(4, 3, 2), layer)
     assert x.equal(before)
+
+
+def packed(rows: int, bits: int) -> PackedRows:
+    codes = torch.randint(0, 2**bits, (rows, 64))
+    scales, zeros = torch.rand(rows, 2).half() / 2**bits, torch.randn(rows, 2).half() / 4
+    return PackedRows(bits, pack(codes, bits), scales, zeros)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_packed_rows_stand_for_code_times_scale_plus_zero(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, 64))
+    scales, zeros = torch.rand(3, 2).half(), torch.randn(3, 2).half()
+    rows = PackedRows(bits, pack(codes, bits), scales, zeros)
+    found = rows.dequantize(slice(1, 3), torch.float32)
+    for row in (1, 2):
+        for column in range(64):
+            group = column // 32
+            wanted = codes[row, column] * scales[row, group].float() + zeros[row, group].float()
+            assert found[row - 1, column] == wanted
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[(3, 4, 2), (0, 1, 0), (5, 0, 1)], [(0, 0, 0), (0, 0, 9), (0, 0, 0)], [(0, 0, 0)] * 3],
+    ids=["mixed", "one expert, one tier", "nothing is left"],
+)
+def test_tiers_of_any_bits_add_up(counts: list[tuple[int, int, int]]) -> None:
+    torch.manual_seed(5)
+    tiers, dense = [], []
+    for tier, bits in enumerate((16, 3, 1)):
+        widths = [expert[tier] for expert in counts]
+        offsets = tuple(torch.tensor([0, *widths]).cumsum(0).tolist())
+        rows = [
+            torch.randn(sum(widths), 64) / 8 if bits == 16 else packed(sum(widths), bits)
+            for _ in range(3)
+        ]
+        tiers.append(RaggedTier(*rows, offsets=offsets))
+        plain = [dense_rows(matrix, slice(None), torch.float32) for matrix in rows]
+        dense.append(RaggedLayer((RaggedTier(*plain, offsets=offsets),)))
+    x, (weights, ids) = torch.randn(7, 64), route(7, 3, 2)
+    wanted = sum(by_definition(x, weights, ids, layer) for layer in dense)
+    out = ragged_moe(x, weights, ids, RaggedLayer(tuple(tiers)))
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)

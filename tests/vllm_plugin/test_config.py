@@ -121,7 +121,7 @@ def test_tensors_that_do_not_fit_are_named(
         ),
         (lambda q: q["layers"][PREFIX]["experts"][3].__setitem__(0, "many"), "valid integer"),
         (lambda q: q.update(format=2), "format: "),
-        (lambda q: q.update(bits=[3]), "bits [3] cannot be served by this version"),
+        (lambda q: q.update(bits=[5]), "bits [5] cannot be served by this version"),
         (lambda q: q["layers"][PREFIX]["experts"][1].__setitem__(0, 2), "experts.1.gate_proj"),
     ],
     ids=[

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
+from camera_serve.checkpoint.format import DENSE_TIERS
 from camera_serve.errors import CheckpointError, ServingError
 from camera_serve.vllm_plugin import compat, moe
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
@@ -36,7 +37,7 @@ def moe_config(tp_size: int = 1, tp_rank: int = 0, *, eplb: bool = False) -> Any
 
 def make_layer(config: Any = None, held: range = range(4), **settings: Any) -> tuple[Any, Any]:
     """A CameraMoEMethod and the layer it created weights for; `held`: the experts of this rank."""
-    method = CameraMoEMethod(config or moe_config(), COUNTS, "layers.0.mlp", name)
+    method = CameraMoEMethod(config or moe_config(), COUNTS, DENSE_TIERS, "layers.0.mlp", name)
     layer = nn.Module()
     layer.activation = MoEActivation.SILU
     layer.apply_router_weight_on_input = False
@@ -59,7 +60,7 @@ def make_layer(config: Any = None, held: range = range(4), **settings: Any) -> t
 
 
 def name(expert: int, projection: str) -> str:
-    return f"layers.0.mlp.experts.{expert}.{projection}_proj.weight"
+    return f"layers.0.mlp.experts.{expert}.{projection}_proj"
 
 
 def expert_weights() -> dict[tuple[int, str], torch.Tensor]:

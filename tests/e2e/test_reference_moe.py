@@ -1,0 +1,86 @@
+"""The bundled reference MoE, compressed by the command line's own path, behind `vllm serve`."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+from openai import OpenAI
+
+from bench.reference import CALIBRATION, HELDOUT, MODEL
+from bench.serving import served
+from camera_serve import Calibration, Recipe, TierPlan, compress
+
+pytestmark = pytest.mark.e2e
+
+# float32, because in bfloat16 a batch of 32 and a batch of 1 round near-ties differently.
+FLAGS = ("--max-model-len", "512", "--max-num-seqs", "32", "--dtype", "float32", "--enforce-eager")
+PROMPT = "def read_json(path):\n"
+
+
+@dataclass(frozen=True)
+class Server:
+    client: OpenAI
+    model: str
+
+    def complete(self, prompt: str, max_tokens: int = 24) -> str:
+        reply = self.client.completions.create(
+            model=self.model, prompt=prompt, max_tokens=max_tokens, temperature=0
+        )
+        return reply.choices[0].text
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    output = tmp_path_factory.mktemp("reference") / "compressed"
+    calibration = Calibration(source=str(CALIBRATION), samples=8, seq_len=512)
+    compress(MODEL, output, Recipe(plan=TierPlan.prune(0.4), calibration=calibration))
+    with served(output, *FLAGS) as url, OpenAI(base_url=url, api_key="none") as client:
+        yield Server(client, str(output))
+
+
+def test_a_completion_continues_python(server: Server) -> None:
+    text = server.complete(PROMPT)
+    assert text.startswith((" ", "\n", "\t"))
+    assert len(text.strip()) > 10
+
+
+def test_a_chat_is_answered(server: Server) -> None:
+    reply = server.client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": "How do I open a file?"}],
+        max_tokens=16,
+        temperature=0,
+    )
+    assert reply.choices[0].message.content
+    assert reply.usage is not None and reply.usage.completion_tokens == 16
+
+
+def test_a_stream_adds_up_to_the_whole_answer(server: Server) -> None:
+    chunks = server.client.completions.create(
+        model=server.model, prompt=PROMPT, max_tokens=24, temperature=0, stream=True
+    )
+    parts = [chunk.choices[0].text for chunk in chunks]
+    assert len(parts) > 5
+    assert "".join(parts) == server.complete(PROMPT)
+
+
+def test_log_probabilities_are_those_of_a_distribution(server: Server) -> None:
+    reply = server.client.completions.create(
+        model=server.model, prompt=PROMPT, max_tokens=8, temperature=0, logprobs=5
+    )
+    logprobs = reply.choices[0].logprobs
+    assert logprobs is not None and logprobs.token_logprobs and logprobs.top_logprobs
+    for chosen, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert chosen == max(top.values())
+        assert 0.2 < sum(2.718281828459045**p for p in top.values()) <= 1.0001
+
+
+def test_32_requests_at_once_answer_as_one_by_one(server: Server) -> None:
+    lines = HELDOUT["code, in domain"].read_text().splitlines()
+    prompts = [line for line in lines if 20 < len(line) < 80][:320:10]
+    assert len(prompts) == 32
+    alone = [server.complete(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(server.complete, prompts))
+    assert together == alone
