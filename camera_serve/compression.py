@@ -64,7 +64,7 @@ def compress_layer(
             shared, shared_codes = _quantize(shared, counts, inputs, recipe, stream.device)
     loaded.use_experts(experts)
     if shared:
-        _set_shared(loaded.shared, shared)
+        set_shared(loaded.shared, shared)
     tensors = _tensors(stream.checkpoint, layer, selection, recipe, codes, shared_codes)
     rounded = codes.rounded if codes else ()
     return CompressedLayer(tensors, replace(loaded, experts=experts), energies, selection, rounded)
@@ -79,7 +79,8 @@ def _shared_rows(
     return select_rows(RaggedTier(gate, up, down, (0, len(gate))), selection.shared, device)
 
 
-def _set_shared(shared: Any, rows: RaggedTier[torch.Tensor]) -> None:
+def set_shared(shared: Any, rows: RaggedTier[torch.Tensor]) -> None:
+    """Give a shared expert's three linear layers the weights of `rows`, of any width."""
     for name, matrix in (("gate", rows.gate), ("up", rows.up), ("down", rows.down)):
         linear = getattr(shared, f"{name}_proj")
         weight = matrix.T if name == "down" else matrix

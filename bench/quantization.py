@@ -1,0 +1,124 @@
+"""Held-out perplexity of CAMERA-Q against its ablations, at equal bits, on the reference MoE.
+
+    python -m bench.quantization
+
+Figure 8 of the paper (the share r of the outer tiers), CAMERA-Q†, single-precision GPTQ, the other
+grouping of down_proj, and pruning and quantizing in one pass. Writes `bench/results/`.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import reference
+from bench.ablations import ablated, down_along_micro_experts, sliced_by_input
+from bench.perplexity import Score, load_model, score, windows_of
+from bench.quality import environment
+from camera_serve import Calibration, Recipe, TierPlan, compress
+from camera_serve.checkpoint.reader import Checkpoint
+from converters.dense import convert_to_dense
+
+RESULTS = reference.ROOT / "bench" / "results" / "quantization-reference-moe.json"
+BASE = "CAMERA-Q, r = 0.2"
+PLANS = {
+    **{f"CAMERA-Q, r = {r:g}": str(TierPlan.mixed(2, r)) for r in (0.1, 0.2, 0.3, 0.4, 0.5)},
+    "GPTQ, 2 bits throughout": "2:1",
+    "GPTQ, 3 bits throughout": "3:1",
+    "pruned by 20% and quantized": "4:0.1,3:0.35,2:0.35,0:0.2",
+    "pruned by 40% and quantized": "4:0.3,3:0.3,0:0.4",
+    "pruned only, to the same bytes": "16:0.140625,0:0.859375",
+}
+Scores = dict[str, Score]
+
+
+def main() -> None:
+    """Measure every method, print the table and store it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.quantization")
+    parser.add_argument("--model", type=Path, default=reference.MODEL)
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    calibration = Calibration(source=str(reference.CALIBRATION), samples=options.samples)
+    windows = {name: windows_of(options.model, text) for name, text in reference.HELDOUT.items()}
+
+    def measured(model: Any) -> Scores:
+        return {name: score(model, found) for name, found in windows.items()}
+
+    scores: dict[str, Scores] = {}
+    bits: dict[str, float] = {}
+    for name, found, per_weight in _methods(options.model, calibration, measured):
+        scores[name], bits[name] = found, per_weight
+        print(f"{name}: " + ", ".join(f"{s.perplexity:.3f}" for s in found.values()), flush=True)
+    rows = [_row(name, scores, bits[name]) for name in scores]
+    result = {
+        "version": 1,
+        "environment": environment(),
+        "samples": options.samples,
+        "tokens": {name: int(s.tokens.sum()) for name, s in scores["dense"].items()},
+        "rows": rows,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    _print(rows)
+
+
+def _methods(
+    model: Path, calibration: Calibration, measured: Callable[[Any], Scores]
+) -> Iterator[tuple[str, Scores, float]]:
+    yield "dense", measured(load_model(model)), 16.0
+    for name, plan in PLANS.items():
+        with tempfile.TemporaryDirectory(prefix="camera-quantization-") as folder:
+            packed, dense = Path(folder) / "packed", Path(folder) / "dense"
+            # align 1: on experts of 128 micro-experts, multiples of 32 would blur the tiers.
+            recipe = Recipe(plan=TierPlan.parse(plan), calibration=calibration, align=1)
+            compress(model, packed, recipe)
+            convert_to_dense(packed, dense)
+            yield name, measured(load_model(dense)), _bits_per_weight(model, packed)
+    dagger = ablated(model, calibration, sliced_by_input(0.2))
+    yield "CAMERA-Q†, r = 0.2", measured(dagger), 2.25
+    grouped = ablated(model, calibration, down_along_micro_experts)
+    yield "GPTQ, 2 bits, down grouped along micro-experts", measured(grouped), 2.25
+
+
+def _bits_per_weight(model: Path, packed: Path) -> float:
+    """Stored bits per original expert weight, scales and zeros counted."""
+    before, after = Checkpoint.open(model), Checkpoint.open(packed)
+    return 16 * after.expert_bytes / before.expert_bytes
+
+
+def _row(name: str, scores: dict[str, Scores], bits: float) -> dict[str, Any]:
+    texts = {}
+    for text, found in scores[name].items():
+        mean, error = found.log_ratio(scores[BASE][text])
+        texts[text] = {
+            "perplexity": found.perplexity,
+            "log_ratio_to_base": mean,
+            "log_ratio_to_base_se": error,
+        }
+    return {"method": name, "bits_per_weight": bits, "base": BASE, "texts": texts}
+
+
+def _cell(text: dict[str, float]) -> str:
+    change = f"{text['log_ratio_to_base']:+.2%} ± {text['log_ratio_to_base_se']:.2%}"
+    return f"{text['perplexity']:.2f} ({change})"
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table("method", "bits", *(f"{text}" for text in rows[0]["texts"]))
+    for row in rows:
+        cells = [_cell(text) for text in row["texts"].values()]
+        table.add_row(row["method"], f"{row['bits_per_weight']:.2f}", *cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
