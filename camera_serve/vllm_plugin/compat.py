@@ -1,8 +1,7 @@
 """Everything that depends on vLLM's version; the rest of the plugin is the same for all of them.
 
-Up to 0.27 the CPU backend has no router: MoE methods get router logits there ("monolithic"), and
-vLLM swaps in a modular kernel under data + expert parallelism. From 0.28 on, every method gets
-routed tokens.
+Up to 0.29 the CPU backend has no router: MoE methods get router logits there ("monolithic").
+Up to 0.27 vLLM would swap in a modular kernel under data + expert parallelism.
 """
 
 from functools import cache
@@ -21,7 +20,10 @@ from camera_serve.checkpoint.format import Shapes
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-_CPU_ROUTING = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"
+_FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+_CPU_ROUTER = f"{_FUSED_MOE}.router.cpu_router"
+_CPU_ROUTINGS = (f"{_FUSED_MOE}.cpu_fused_moe", f"{_FUSED_MOE}.experts.cpu_moe")
+"""Where `select_experts` is before there is a CPU router: up to 0.27, and up to 0.29."""
 
 
 class MoEMethodBase(FusedMoEMethodBase):
@@ -40,7 +42,7 @@ class MoEMethodBase(FusedMoEMethodBase):
         input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Route with vLLM's own CPU routing, then `apply`."""
-        top_k_weights, top_k_ids = import_module(_CPU_ROUTING).select_experts(
+        top_k_weights, top_k_ids = _cpu_routing().select_experts(
             hidden_states=x,
             router_logits=router_logits,
             use_grouped_topk=layer.use_grouped_topk,
@@ -72,4 +74,8 @@ def weights_are_read() -> bool:
 
 @cache
 def _routes_itself() -> bool:
-    return bool(current_platform.is_cpu()) and find_spec(_CPU_ROUTING) is not None
+    return bool(current_platform.is_cpu()) and find_spec(_CPU_ROUTER) is None
+
+
+def _cpu_routing() -> Any:
+    return import_module(next(name for name in _CPU_ROUTINGS if find_spec(name)))

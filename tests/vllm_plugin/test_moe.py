@@ -1,8 +1,7 @@
 """Routed experts without a server: allocation, vLLM's loading calls, the kernel, refusals."""
 
-import sys
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,9 +229,8 @@ def test_vllm_without_a_cpu_router_routes_with_its_own_function(
         asked.update(arguments)
         return top_k_weights.double(), ids.long()
 
-    routing = ModuleType(compat._CPU_ROUTING)
-    routing.select_experts = select_experts
-    monkeypatch.setitem(sys.modules, compat._CPU_ROUTING, routing)
+    routing = SimpleNamespace(select_experts=select_experts)
+    monkeypatch.setattr(compat, "_cpu_routing", lambda: routing)
     names = (
         "use_grouped_topk top_k renormalize topk_group num_expert_group custom_routing_function "
         "scoring_func routed_scaling_factor e_score_correction_bias"
