@@ -69,7 +69,7 @@ def analyze(
     `[num_micro_experts]`: indices into experts then shared, by falling energy) and
     `camera_analysis.json`. The folder appears by rename.
     """
-    source, output = resolve(str(model)), Path(output)
+    source, output = resolve(str(model)), Path(output).resolve()
     refuse_overlap(source, output)
     check_output(output, overwrite=overwrite)
     checkpoint = Checkpoint.open(source)

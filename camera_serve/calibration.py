@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from camera_serve.errors import CalibrationError
+from camera_serve.errors import CalibrationError, first_line
 from camera_serve.recipe import Calibration
 
 HUB_SETS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def load_tokenizer(model: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CalibrationError(
             f"{model} has no tokenizer that loads ({reason}): put the model's tokenizer files there"
         ) from error
@@ -113,7 +113,7 @@ def _hub_documents(name: str, limit: int) -> list[str]:
         rows = datasets.load_dataset(**HUB_SETS[name])
         return [row["text"] for row in islice(rows, limit if name == "c4" else None)]
     except (OSError, ValueError, ConnectionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CalibrationError(
             f"data set {name} cannot be loaded from the hub ({reason}): give a local file with "
             "--calibration FILE"

@@ -21,9 +21,18 @@ class CheckpointError(CameraError):
     """A checkpoint is missing files or tensors, or its tensors contradict its config."""
 
 
+class DamagedWeightsError(CheckpointError):
+    """A weight is NaN or Inf, or a scale is not positive: reading it again gives the same."""
+
+
 class OutputError(CameraError):
     """The output folder cannot be written: it exists, its disk is full, or another run owns it."""
 
 
 class ServingError(CameraError):
     """vLLM was started in a version or with a setting that cannot serve the checkpoint."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, or the error's kind when it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -18,7 +18,12 @@ from camera_serve.checkpoint.format import (
     LayerCounts,
 )
 from camera_serve.checkpoint.reader import Checkpoint, read_json, resolve
-from camera_serve.checkpoint.workspace import Workspace, differences, refuse_overlap
+from camera_serve.checkpoint.workspace import (
+    Workspace,
+    check_output,
+    differences,
+    refuse_overlap,
+)
 from camera_serve.checkpoint.writer import (
     ShardPlan,
     copy_side_files,
@@ -30,7 +35,7 @@ from camera_serve.checkpoint.writer import (
     write_text,
 )
 from camera_serve.compression import CompressedLayer, compress_layer
-from camera_serve.errors import CheckpointError, OutputError
+from camera_serve.errors import DamagedWeightsError, OutputError
 from camera_serve.fingerprint import fingerprint
 from camera_serve.progress import OnProgress, Reporter
 from camera_serve.recipe import Recipe, Settings
@@ -77,7 +82,7 @@ def compress(
     Raises `CameraError` subclasses for everything a user can set right.
     """
     source = resolve(str(model))
-    output = Path(output)
+    output = Path(output).resolve()
     refuse_overlap(source, output)
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
@@ -87,8 +92,10 @@ def compress(
     print_ = fingerprint(checkpoint, recipe, tokens, target, dtype)
     if resume and (done := _finished(output, print_)):
         return done
-    require_space(output.parent, estimate_for(checkpoint, recipe, target).disk_bytes)
+    check_output(output, overwrite=overwrite)
     workspace = Workspace(output)
+    written = workspace.bytes_written if resume else 0
+    require_space(output.parent, estimate_for(checkpoint, recipe, target).disk_bytes - written)
     workspace.start(print_, resume=resume, overwrite=overwrite)
     stream = ModelStream(checkpoint, target, dtype)
     run = _Run(checkpoint, recipe, stream, workspace, ShardPlan(checkpoint))
@@ -99,8 +106,8 @@ def compress(
             _compress_layers(run, tokens, reporter)
             report = _write_rest(run, str(model), print_)
             logger.info("expert weights: %.1f%% removed", 100 * report.removed_of_experts)
-    except CheckpointError:
-        # A damaged model fails again at the same tensor: there is nothing to resume.
+    except DamagedWeightsError:
+        # The model fails again at the same tensor: there is nothing to resume.
         workspace.discard()
         raise
     workspace.publish()
@@ -198,7 +205,7 @@ def _layer_result(
 def _warn_unseen(report: LayerReport) -> None:
     if report.unseen_experts:
         logger.warning(
-            "%s: no calibration token reached experts %s; they are pruned first. Use more "
+            "%s: no calibration token reached experts %s; they are ranked last. Use more "
             "calibration text if they matter",
             report.layer,
             list(report.unseen_experts),

@@ -3,6 +3,7 @@
 import torch
 
 from camera_serve.energy import RoutedExpertsMeter, SharedExpertMeter
+from camera_serve.errors import CalibrationError
 from camera_serve.quantize.experts import InputRecorder
 from camera_serve.selection import LayerEnergies
 from camera_serve.streaming import ModelStream, StreamedLayer
@@ -40,6 +41,16 @@ def measure(
     if shared is not None:
         setattr(mlp, name, loaded.shared)
         shared_energies = shared.sums.energies(loaded.shared.down_proj.weight.T, alpha).cpu()
+    _require_finite(torch.cat([experts, shared_energies]), stream, layer)
     return LayerEnergies(
         experts.view(stream.structure.num_experts, -1), shared_energies, routed.sums.tokens.cpu()
     )
+
+
+def _require_finite(energies: torch.Tensor, stream: ModelStream, layer: int) -> None:
+    bad = int((~energies.isfinite()).sum())
+    if bad:
+        raise CalibrationError(
+            f"{stream.structure.moe_prefix(layer)}: {bad} of {len(energies)} energies are NaN or "
+            f"Inf when computed in {stream.dtype}: use --dtype bfloat16 or float32"
+        )

@@ -92,7 +92,7 @@ class TierPlan(Settings):
 
     def __str__(self) -> str:
         """The plan as `parse` reads it."""
-        return ",".join(f"{tier.bits}:{tier.fraction:g}" for tier in self.tiers)
+        return ",".join(f"{tier.bits}:{tier.fraction:.12g}" for tier in self.tiers)
 
 
 class Calibration(Settings):

@@ -117,9 +117,13 @@ class ModelStream:
         self.stack.layers = nn.ModuleList([loaded.module])
         if self.layer_types:
             self.stack.config.layer_types = [self.layer_types[layer]]
-        for batch in hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1])):
-            inputs = batch.to(self.device)
-            yield self.stack(inputs_embeds=inputs, use_cache=False).last_hidden_state.cpu()
+        try:
+            for batch in hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1])):
+                inputs = batch.to(self.device)
+                yield self.stack(inputs_embeds=inputs, use_cache=False).last_hidden_state.cpu()
+        finally:
+            # Or this layer would still be held while the next one is read.
+            self.stack.layers = nn.ModuleList()
 
     def _weights(self, layer: int, module: nn.Module) -> dict[str, torch.Tensor]:
         prefix = self.structure.to_hf_name(self.structure.layer_prefix(layer))

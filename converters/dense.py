@@ -9,6 +9,7 @@ import torch
 from camera_serve.checkpoint.experts import read_experts, read_shared_experts
 from camera_serve.checkpoint.format import DENSE_TIERS, Shapes, dense_layout, expert_shapes
 from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.workspace import refuse_overlap
 from camera_serve.checkpoint.writer import (
     ShardPlan,
     copy_side_files,
@@ -33,6 +34,8 @@ def convert_to_dense(source: Path, output: Path) -> None:
     is not compressed or contradicts its config, `OutputError` when `output` exists or cannot be
     written.
     """
+    output = output.resolve()
+    refuse_overlap(source, output)
     checkpoint = Checkpoint.open(source)
     _check_is_compressed(checkpoint)
     partial = output.with_name(output.name + ".partial")

@@ -19,9 +19,10 @@ from torch import nn
 from camera_serve import Calibration, Recipe, TierPlan, compress, estimate
 from camera_serve.calibration import calibration_tokens
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.errors import CheckpointError, OutputError
+from camera_serve.errors import CalibrationError, CheckpointError, OutputError
 from camera_serve.progress import Progress
 from tests import pruning, quantized, tiny_models
+from tests.editing import edit_weights
 from tests.test_energy import direct_energies
 
 TEXT = Path(__file__).read_text() * 4
@@ -435,3 +436,35 @@ def test_the_next_layer_sees_the_weights_that_will_be_served(
         abs(a - b) for a, b in zip(counts, report["layers"][1]["tokens_per_expert"], strict=True)
     ]
     assert sum(difference) <= 4
+
+
+@pytest.mark.parametrize("plan", ["16:0.3,2:0.7", "4:0.2,0:0.8", "16:0.05,1:0.95"])
+def test_an_expert_may_lie_in_one_tier_alone(
+    model: Path, tmp_path: Path, text: Path, plan: str
+) -> None:
+    report = compress(model, tmp_path / "out", quantizing(text, plan, align=1))
+    assert Checkpoint.open(tmp_path / "out").total_bytes == report.total_bytes_after
+
+
+def test_energies_that_overflow_are_refused_with_the_remedy(tmp_path: Path, text: Path) -> None:
+    path = tiny_models.save("qwen3_moe", tmp_path / "model", dtype=torch.float32)
+    edit_weights(path, lambda tensors: [t.mul_(1e6) for n, t in tensors.items() if "up_proj" in n])
+    with pytest.raises(CalibrationError, match=r"energies are NaN or Inf .* --dtype bfloat16"):
+        compress(path, tmp_path / "out", recipe(text, dtype="float16"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_killed_before_it_began_starts_anew(model: Path, tmp_path: Path, text: Path) -> None:
+    (tmp_path / "out.partial" / ".state").mkdir(parents=True)
+    compress(model, tmp_path / "out", recipe(text), resume=True)
+    assert Checkpoint.open(tmp_path / "out").quantization
+
+
+def test_a_folder_left_by_a_killed_overwrite_is_no_obstacle(
+    model: Path, tmp_path: Path, text: Path
+) -> None:
+    compress(model, tmp_path / "out", recipe(text))
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / "file").write_text("left")
+    compress(model, tmp_path / "out", recipe(text, prune=0.5), overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

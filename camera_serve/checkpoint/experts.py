@@ -69,6 +69,8 @@ def tier_rows(
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """Rows of several experts in one tier, one after another."""
+    # An empty expert has no tensor, so its rows have no dtype of their own.
+    parts = [part for part in parts if _num_rows(part)] or parts[:1]
     packed = [part for part in parts if isinstance(part, PackedRows)]
     if not packed:
         return torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
@@ -78,6 +80,10 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
         torch.cat([part.scales for part in packed]),
         torch.cat([part.zeros for part in packed]),
     )
+
+
+def _num_rows(rows: Rows) -> int:
+    return len(rows.words if isinstance(rows, PackedRows) else rows)
 
 
 def read_experts(checkpoint: Checkpoint, layer: int) -> RaggedLayer:

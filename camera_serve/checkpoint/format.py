@@ -6,10 +6,10 @@ that lies is refused before a kernel sees it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from camera_serve.errors import CheckpointError
@@ -63,7 +63,7 @@ class CameraQuantizationConfig(Settings):
 
     quant_method: Literal["camera"] = "camera"
     format: Literal[1] = FORMAT
-    group_size: int = GROUP_SIZE
+    group_size: Annotated[int, Field(gt=0)] = GROUP_SIZE
     bits: tuple[int, ...]
     layers: dict[str, LayerCounts]
     recipe: Recipe

@@ -10,12 +10,22 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from camera_serve.checkpoint.format import CameraQuantizationConfig, Shapes, checkpoint_shapes
-from camera_serve.errors import CheckpointError, UnsupportedModelError
+from camera_serve.errors import (
+    CheckpointError,
+    DamagedWeightsError,
+    UnsupportedModelError,
+    first_line,
+)
 from camera_serve.models import MoeStructure, describe
 from camera_serve.models.deepseek import register_deepseek
 
@@ -111,6 +121,13 @@ class Checkpoint:
         """Refuse a missing, misshapen or unknown tensor, by name."""
         shapes = {name: entry.shape for name, entry in self.entries.items()}
         check_shapes(shapes, self.expected_shapes, self.structure, self.path)
+        for name, entry in self.entries.items():
+            wanted = stored_dtypes(name)
+            if entry.dtype not in wanted:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} is stored as {entry.dtype}, wanted "
+                    f"{' or '.join(wanted)}"
+                )
 
     def require_dense(self) -> None:
         """Refuse a checkpoint that is compressed already."""
@@ -129,13 +146,13 @@ class Checkpoint:
             raise CheckpointError(f"{entry.file}: {name} cannot be read: {error}") from error
         if name.endswith(".scales") and not (tensor > 0).all():
             bad = int((~(tensor > 0)).sum())
-            raise CheckpointError(
+            raise DamagedWeightsError(
                 f"{entry.file}: {name} holds {bad} scales of {tensor.numel()} that are not "
                 "positive: the file is damaged; copy or compress the checkpoint again"
             )
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(
+            raise DamagedWeightsError(
                 f"{entry.file}: {name} holds {bad} NaN or Inf values of {tensor.numel()}; download "
                 "the model again, or repair the weights"
             )
@@ -158,11 +175,12 @@ def resolve(model: str) -> Path:
         return path
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CheckpointError(f"{model} is not a folder with config.json and safetensors files")
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+    text = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+    patterns = ["*.safetensors", "README.md", *text]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{model} is neither a local folder nor a model the hub gave us: {reason}"
         ) from error
@@ -175,8 +193,8 @@ def load_config(path: Path, raw: Mapping[str, Any]) -> PreTrainedConfig:
         raise CheckpointError(f"{path / 'config.json'} names no model_type")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        reason = first_line(error)
         raise UnsupportedModelError(
             f"{path / 'config.json'}: model type {raw['model_type']!r} is not understood: {reason}"
         ) from error
@@ -208,6 +226,13 @@ def read_headers(path: Path) -> dict[str, TensorEntry]:
                 raise CheckpointError(f"{name} is in both {entries[name].file} and {file}")
             entries[name] = entry
     return entries
+
+
+def stored_dtypes(name: str) -> tuple[str, ...]:
+    """The dtypes a tensor may have: packed codes are int32, their grids float16, weights floats."""
+    packed = {"qweight": ("I32",), "scales": ("F16",), "zeros": ("F16",)}
+    floats = tuple(dtype for dtype in DTYPES if dtype != "I32")
+    return packed.get(name.rpartition(".")[2], floats)
 
 
 def check_shapes(found: Shapes, wanted: Shapes, structure: MoeStructure, path: Path) -> None:

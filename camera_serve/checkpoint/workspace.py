@@ -4,7 +4,6 @@ A layer is committed when its activations are renamed into place: the shard and 
 are on disk by then. A run killed before that redoes the layer, to the same bytes.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,10 +34,11 @@ class Workspace:
         Raises `OutputError` when the output exists, or an interrupted run differs.
         """
         check_output(self.output, overwrite=overwrite)
-        if self.path.exists() and resume:
+        begun = (self.state / "fingerprint.json").exists()
+        if begun and resume:
             self._compare(fingerprint)
             return
-        if self.path.exists() and not overwrite:
+        if begun and not overwrite:
             raise OutputError(
                 f"{self.path} holds an interrupted run: continue it with --resume, or start over "
                 "with --overwrite"
@@ -54,6 +54,11 @@ class Workspace:
         """Record a finished layer: its result, then the activations that enter the next one."""
         write_json(self._result(layer), dict(result))
         write_shard(self._hidden, {"hidden": hidden}, {"next_layer": str(layer + 1)})
+
+    @property
+    def bytes_written(self) -> int:
+        """What an earlier run of this output already takes on the disk."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def resume_point(self) -> tuple[int, torch.Tensor | None]:
         """The next layer to compress and its input; (0, None) when nothing is committed."""
@@ -79,8 +84,7 @@ class Workspace:
         return self.state / f"layer-{layer:05}.json"
 
     def _compare(self, fingerprint: Fingerprint) -> None:
-        file = self.state / "fingerprint.json"
-        found = json.loads(file.read_text()) if file.exists() else {}
+        found = read_json(self.state / "fingerprint.json")
         if changed := differences(found, fingerprint):
             raise OutputError(
                 f"{self.path} was begun by another run: {changed}; use the same settings, or "
@@ -103,6 +107,8 @@ def refuse_overlap(source: Path, output: Path) -> None:
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse an existing output, and with `overwrite` one that camera-serve did not write."""
+    if not output.name:
+        raise OutputError(f"{output} cannot be an output folder: give it a name")
     if not output.exists():
         return
     if not overwrite:

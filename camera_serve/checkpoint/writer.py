@@ -33,7 +33,9 @@ class ShardPlan:
         for name in sorted(checkpoint.entries):
             if not name.endswith("rotary_emb.inv_freq"):
                 layers.setdefault(_layer_of(name), []).append(name)
-        self.shards = [layers.get(layer, []) for layer in range(-1, max(layers) + 1)]
+        inside = range(-1, checkpoint.structure.num_layers)
+        past_the_end = sorted(layer for layer in layers if layer not in inside)
+        self.shards = [layers.get(layer, []) for layer in (*inside, *past_the_end)]
 
     def file_name(self, shard: int) -> str:
         """`model-00003-of-00049.safetensors`, the name every engine knows."""
@@ -130,6 +132,7 @@ def publish(partial: Path, output: Path) -> None:
     """Rename a finished folder to its final name, replacing an older one there."""
     old = output.with_name(output.name + ".old")
     if output.exists():
+        shutil.rmtree(old, ignore_errors=True)
         output.rename(old)
     partial.rename(output)
     _sync(output.parent)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     "--bits",
     type=int,
     metavar="B",
-    help="Quantize to B bits on average: tiers of B+1, B and B-1 bits.",
+    help="Quantize to B bits (1 to 3) on average: tiers of B+1, B and B-1 bits.",
 )
 @click.option(
     "--tier-ratio",
@@ -130,10 +130,10 @@ def _summary(report: "CompressionReport", output: Path) -> str:
     if unseen:
         lines.append(
             f"{sum(unseen.values())} experts in {len(unseen)} layers saw no calibration token and "
-            "were pruned first: give more calibration text if they matter"
+            "were ranked last: give more calibration text if they matter"
         )
     rounded = sum(len(r.rounded_experts) for r in report.layers)
-    if rounded:
+    if rounded and report.recipe.solver == "gptq":
         lines.append(
             f"{rounded} experts saw too few calibration tokens for GPTQ and were rounded to "
             "nearest: give more calibration text if they matter"

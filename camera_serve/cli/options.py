@@ -106,6 +106,8 @@ def recipe_from(ctx: click.Context) -> "Recipe":
         raise click.UsageError(
             f"Give exactly one of --prune, --bits, --plan and --recipe; found {found}."
         )
+    if given != ["bits"] and _was_given(ctx, "tier_ratio"):
+        raise click.UsageError("--tier-ratio goes with --bits only.")
     if given == ["recipe"]:
         _refuse_flags_beside_recipe(ctx)
         return Recipe.load(flags["recipe"])
@@ -129,11 +131,15 @@ def _plan(flags: dict[str, Any]) -> "TierPlan":
         raise click.BadParameter(str(error), param_hint=_flag(given)) from error
 
 
+def _was_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
 def _refuse_flags_beside_recipe(ctx: click.Context) -> None:
     calibration = ("alpha", "calibration", "samples", "seq_len", "seed", "dtype")
-    decided = (*calibration, "align", "tier_ratio", "group_size", "solver")
+    decided = (*calibration, "align", "group_size", "solver")
     for name in decided:
-        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+        if _was_given(ctx, name):
             raise click.UsageError(
                 f"{_flag(name)} is decided by the file of --recipe: change it there, or give the "
                 "settings as flags without --recipe."

@@ -12,6 +12,7 @@ from camera_serve.cli.progress import shown_progress
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from camera_serve.recipe import Calibration
     from camera_serve.verification import LayerVerification, Verification
 
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @click.option(
     "--against",
     metavar="MODEL",
-    help="The model OUT was made from: every kept micro-expert must be one of its own.",
+    help="The model OUT was made from: kept 16-bit micro-experts must be its own, to the bit.",
 )
 @click.option(
     "--calibration",
@@ -43,17 +44,19 @@ def verify(
     With --json, every dropped micro-expert is listed by its original index.
     """
     from camera_serve.checkpoint.reader import resolve
+    from camera_serve.recipe import Calibration
     from camera_serve.verification import verify as verify_checkpoint
 
+    if calibration and not against:
+        raise click.UsageError("--calibration compares with the original: give --against MODEL.")
+    settings = {"source": calibration or "none", "samples": samples, "seq_len": seq_len}
+    text = validated(Calibration, settings)
     original = resolve(against) if against else None
     with shown_progress() as on_progress:
         verification = verify_checkpoint(resolve(model), original, on_progress=on_progress)
     errors: dict[int, float] = {}
-    if calibration:
-        if original is None:
-            raise click.UsageError("--calibration compares with the original: give --against MODEL")
-        settings = {"source": calibration, "samples": samples, "seq_len": seq_len}
-        errors = _output_errors(resolve(model), original, settings)
+    if calibration and original:
+        errors = _output_errors(resolve(model), original, text)
     if as_json:
         output_errors = {"output_errors": errors} if errors else {}
         click.echo(json.dumps(verification.to_json() | output_errors, indent=2))
@@ -64,17 +67,13 @@ def verify(
             click.echo("\n" + table(("layer", "output error"), rows))
 
 
-def _output_errors(
-    model: "Path", original: "Path", settings: dict[str, object]
-) -> dict[int, float]:
+def _output_errors(model: "Path", original: "Path", text: "Calibration") -> dict[int, float]:
     import torch
 
     from camera_serve.checkpoint.reader import Checkpoint
     from camera_serve.fidelity import output_errors
-    from camera_serve.recipe import Calibration
 
     pair = (Checkpoint.open(original), Checkpoint.open(model))
-    text = validated(Calibration, settings)
     with shown_progress() as on_progress:
         return output_errors(*pair, text, device=torch.device("cpu"), on_progress=on_progress)
 

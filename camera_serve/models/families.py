@@ -8,12 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from camera_serve.errors import UnsupportedModelError
+
 Config = Any
 """A transformers config object: settings are attributes, defaults filled in."""
 
 
+def _positive(config: Config, key: str) -> int:
+    step = getattr(config, key)
+    if not isinstance(step, int) or step < 1:
+        raise UnsupportedModelError(f"config.json has {key} = {step!r}: wanted 1 or more")
+    return step
+
+
 def _qwen_has_experts(config: Config, layer: int) -> bool:
-    step = config.decoder_sparse_step
+    step = _positive(config, "decoder_sparse_step")
     return layer not in (config.mlp_only_layers or []) and (layer + 1) % step == 0
 
 
@@ -22,7 +31,7 @@ def _every_layer_has_experts(config: Config, layer: int) -> bool:
 
 
 def _deepseek_has_experts(config: Config, layer: int) -> bool:
-    step = getattr(config, "moe_layer_freq", 1)
+    step = _positive(config, "moe_layer_freq") if hasattr(config, "moe_layer_freq") else 1
     return layer >= config.first_k_dense_replace and layer % step == 0
 
 

@@ -21,6 +21,9 @@ MIN_TOKENS = 32
 SOLVER_BYTES = 2**31
 """Memory the Hessians of the experts solved at a time may take, with their factors."""
 
+TOKENS_AT_ONCE = 16384
+"""Tokens whose activations are held in float32 while a Hessian is summed."""
+
 Solver = Literal["gptq", "rtn"]
 
 
@@ -37,6 +40,11 @@ class RoutedInputs:
     def of(self, expert: int, device: torch.device) -> torch.Tensor:
         """The inputs of one expert, float32 `[num_tokens_e, d_model]`."""
         return self.x[self.tokens[expert]].to(device, torch.float32)
+
+    def batches(self, expert: int, device: torch.device) -> Iterator[torch.Tensor]:
+        """The same, at most `TOKENS_AT_ONCE` tokens at a time: a shared expert sees all of them."""
+        for tokens in self.tokens[expert].split(TOKENS_AT_ONCE):
+            yield self.x[tokens].to(device, torch.float32)
 
 
 class InputRecorder:
@@ -74,6 +82,12 @@ class QuantizedRows:
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
+
+    @classmethod
+    def empty(cls, d_model: int, group_size: int) -> "QuantizedRows":
+        """No rows."""
+        grid = torch.empty(0, d_model // group_size, dtype=torch.float16)
+        return cls(torch.empty(0, d_model, dtype=torch.uint8), grid, grid)
 
     def dequantize(self) -> torch.Tensor:
         """float32 `[num_rows, d_model]`."""
@@ -119,7 +133,10 @@ def quantize_experts(
         batch = _Batch.load(experts, row_bits, chunk, widths, device)
         usable = [e if solver == "gptq" and seen[e] >= MIN_TOKENS else None for e in chunk]
         parts.append(_solve(batch, inputs, usable, group_size))
-    gate, up, down = (_concatenate(p) for p in zip(*parts, strict=True))
+    nothing = QuantizedRows.empty(inputs.x.shape[1], group_size)
+    gate, up, down = (
+        _concatenate((nothing, *p)) for p in (zip(*parts, strict=True) if parts else ((), (), ()))
+    )
     rounded = tuple(e for e, width in enumerate(widths) if width and seen[e] < MIN_TOKENS)
     return QuantizedExperts(gate, up, down, tuple(offsets.tolist()), rounded)
 
@@ -178,23 +195,31 @@ def _solve(
     hessians = torch.eye(d_model, device=batch.gate.device).repeat(num_experts, 1, 1)
     for slot, expert in enumerate(usable):
         if expert is not None:
-            x = inputs.of(expert, batch.gate.device)
-            hessians[slot] = x.T @ x
+            hessians[slot] = sum(x.T @ x for x in inputs.batches(expert, batch.gate.device))
     both, levels = torch.cat([batch.gate, batch.up], dim=1), batch.levels.repeat(1, 2)
     gate_up = solve_along_columns(both, hessians, levels, group_size)
     hessians = torch.eye(width, device=batch.gate.device).repeat(num_experts, 1, 1)
     for slot, expert in enumerate(usable):
         if expert is not None:
-            gate, up = gate_up.dequantized[slot].chunk(2)
-            x = inputs.of(expert, batch.gate.device)
-            activations = functional.silu(x @ gate.T) * (x @ up.T)
-            hessians[slot] = activations.T @ activations
-    down = solve_along_rows(batch.down.transpose(1, 2), hessians, batch.levels, group_size)
+            hessians[slot] = _activation_hessian(gate_up.dequantized[slot], inputs, expert)
+    down = solve_along_rows(
+        batch.down.transpose(1, 2), hessians, batch.levels, group_size, batch.widths
+    )
     return (
         _rows(gate_up.codes[:, :width], gate_up.scale[:, :width], gate_up.zero[:, :width], batch),
         _rows(gate_up.codes[:, width:], gate_up.scale[:, width:], gate_up.zero[:, width:], batch),
         _rows(down.codes.transpose(1, 2), down.scale, down.zero, batch),
     )
+
+
+def _activation_hessian(gate_up: torch.Tensor, inputs: RoutedInputs, expert: int) -> torch.Tensor:
+    """Σ h·hᵀ of what quantized gate and up make of one expert's tokens: `[width, width]`."""
+    gate, up = gate_up.chunk(2)
+    total = gate.new_zeros(len(gate), len(gate))
+    for x in inputs.batches(expert, gate.device):
+        activations = functional.silu(x @ gate.T) * (x @ up.T)
+        total += activations.T @ activations
+    return total
 
 
 def _rows(

@@ -4,7 +4,7 @@ The loop is that of Frantar et al. (arXiv 2210.17323, Algorithm 1), batched over
 quantizes one column of every matrix and spreads its error over the columns still to come.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ BLOCK = 128
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to a Hessian before it is inverted, as AutoGPTQ does."""
+
+RETRIES = 3
 
 FitGrid = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Grid]
 
@@ -37,19 +39,40 @@ QuantizeColumn = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor,
 """`(column, weights [batch, rows], rest of the block) -> (codes, dequantized)`, both as weights."""
 
 
-def inverse_factor(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def inverse_factor(
+    hessians: torch.Tensor, widths: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The upper Cholesky factor of the damped inverse Hessians, and which columns are dead.
 
-    hessians: float32 `[batch, columns, columns]`, Σ x·xᵀ. A column whose diagonal is 0 saw no
-    input: its diagonal becomes 1 and its weights may be set to 0, as in AutoGPTQ.
+    hessians: float32 `[batch, columns, columns]`, Σ x·xᵀ; widths: columns of each that are no
+    padding. A column whose diagonal is 0 saw no input: its diagonal becomes 1 and its weights may
+    be set to 0, as in AutoGPTQ. A Hessian that stays indefinite in float32 is damped ten times
+    more, and rounded to nearest (identity) if nothing helps.
     """
     hessians = hessians.clone()
     diagonal = hessians.diagonal(dim1=1, dim2=2)
     dead = diagonal == 0
     diagonal[dead] = 1
-    diagonal += DAMPING * diagonal.mean(1, keepdim=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessians))
-    return torch.linalg.cholesky(inverse, upper=True), dead
+    own = widths or [hessians.shape[1]] * len(hessians)
+    mean = torch.stack([d[:width].mean() for d, width in zip(diagonal, own, strict=True)])
+    damping = DAMPING * mean
+    diagonal += damping[:, None]
+    factor, failed = _upper_factor(hessians)
+    for _ in range(RETRIES):
+        if not failed.any():
+            return factor, dead
+        damping = 10 * damping
+        diagonal += torch.where(failed, damping, torch.zeros_like(damping))[:, None]
+        factor, failed = _upper_factor(hessians)
+    identity = torch.eye(hessians.shape[1], device=hessians.device)
+    return torch.where(failed[:, None, None], identity, factor), dead
+
+
+def _upper_factor(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factor of each inverse, and which could not be computed."""
+    lower, first = torch.linalg.cholesky_ex(hessians)
+    factor, second = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return factor, (first > 0) | (second > 0)
 
 
 def solve_along_columns(
@@ -86,15 +109,19 @@ def solve_along_columns(
 
 
 def solve_along_rows(
-    weights: torch.Tensor, hessians: torch.Tensor, levels: torch.Tensor, group_size: int
+    weights: torch.Tensor,
+    hessians: torch.Tensor,
+    levels: torch.Tensor,
+    group_size: int,
+    widths: Sequence[int] | None = None,
 ) -> Solution:
     """GPTQ with groups of consecutive rows of one column.
 
     For down_proj this puts every group inside one micro-expert. weights: float32
-    `[batch, rows, columns]`; hessians: `[batch, columns, columns]`; levels: `[batch, columns]`.
-    scale, zero: `[batch, columns, groups]`.
+    `[batch, rows, columns]`; hessians: `[batch, columns, columns]`; levels: `[batch, columns]`;
+    widths: columns of each matrix that are no padding. scale, zero: `[batch, columns, groups]`.
     """
-    factor, dead = inverse_factor(hessians)
+    factor, dead = inverse_factor(hessians, widths)
     weights = weights.masked_fill(dead[:, None], 0)
     grids: list[Grid] = []
     equal = weights.new_ones(1)

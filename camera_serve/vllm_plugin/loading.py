@@ -231,9 +231,16 @@ class RowLoader:
                 f"tensor {name} has shape {list(tensor.shape)}, quantization_config implies "
                 f"{list(wanted)}"
             )
+        if part == "qweight" and tensor.dtype != torch.int32:
+            raise CheckpointError(f"tensor {name} is stored as {tensor.dtype}, wanted torch.int32")
         if part == "scales" and not ((tensor > 0) & tensor.isfinite()).all():
             raise CheckpointError(
                 f"tensor {name} holds scales that are not positive: the file is damaged; copy or "
+                "compress the checkpoint again"
+            )
+        if part == "zeros" and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"tensor {name} holds zeros that are NaN or Inf: the file is damaged; copy or "
                 "compress the checkpoint again"
             )
 

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from camera_serve.checkpoint.format import (
     DENSE_TIERS,
@@ -14,7 +16,7 @@ from camera_serve.checkpoint.format import (
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CheckpointError
 from camera_serve.layout import LayerLayout
-from tests import pruning, tiny_models
+from tests import pruning, quantized, tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,7 @@ TAMPERED: dict[str, tuple[Tamper, str]] = {
     "a layer too many": (_add_layer, r"model\.layers\.9\.mlp, which is not a MoE layer"),
     "another format": (_set("format", to=2), "format: Input should be 1"),
     "bits nobody serves": (_set("bits", to=[5]), r"bits \[5\] cannot be served"),
+    "a group size of 0": (_set("group_size", to=0), "group_size: Input should be greater than 0"),
     "an unknown key": (_set("surprise", to=1), "surprise: Extra inputs"),
     "no recipe": (lambda config: config.pop("recipe"), "recipe: Field required"),
     "counts that are text": (
@@ -143,3 +146,24 @@ def test_a_compressed_checkpoint_without_its_config_is_not_taken_for_dense(
     (tmp_path / "model.safetensors").symlink_to(compressed / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"experts\.0\.gate_proj\.weight .* is missing"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype", "wanted"),
+    [
+        ("qweight", torch.float32, "stored as F32, wanted I32"),
+        ("scales", torch.float32, "stored as F32, wanted F16"),
+        ("zeros", torch.bfloat16, "stored as BF16, wanted F16"),
+    ],
+)
+def test_a_packed_tensor_of_another_dtype_is_named(
+    tmp_path: Path, part: str, dtype: torch.dtype, wanted: str
+) -> None:
+    dense = tiny_models.save("qwen3_moe", tmp_path / "dense")
+    quantized.compress(dense, tmp_path / "out", "2:1")
+    shard = sorted((tmp_path / "out").glob("*.safetensors"))[1]
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith(part))
+    save_file({**tensors, name: tensors[name].to(dtype)}, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name} is {wanted}"):
+        Checkpoint.open(tmp_path / "out")

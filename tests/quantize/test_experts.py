@@ -101,7 +101,7 @@ def test_ragged_widths_are_solved_as_if_alone(widths: list[int]) -> None:
         alone = quantize(one, [2] * width, RoutedInputs(inputs.x, (inputs.tokens[expert],)))
         for name in ("gate", "up", "down"):
             codes = getattr(together, name).codes[rows]
-            assert (codes != getattr(alone, name).codes).float().mean() < 0.01
+            assert (codes != getattr(alone, name).codes).float().mean() < 0.005
 
 
 def test_rows_of_16_bits_are_left_out() -> None:
@@ -129,3 +129,29 @@ def test_chunks_of_experts_do_not_change_the_codes(monkeypatch: pytest.MonkeyPat
     parts = quantize(experts, [2] * 80, inputs)
     for name in ("gate", "up", "down"):
         assert (getattr(whole, name).codes != getattr(parts, name).codes).float().mean() < 0.01
+
+
+def test_experts_without_a_packed_row_give_no_codes() -> None:
+    experts, inputs = make([4, 4])
+    solved = quantize(experts, [16] * 8, inputs)
+    assert solved.offsets == (0, 0, 0)
+    assert solved.gate.codes.shape == (0, D_MODEL) and solved.down.scales.shape == (0, 2)
+
+
+def test_a_wide_neighbour_does_not_change_a_narrow_expert() -> None:
+    experts, inputs = make([6, 120])
+    together = quantize(experts, [2] * 126, inputs)
+    alone = quantize(
+        RaggedTier(experts.gate[:6], experts.up[:6], experts.down[:6], (0, 6)),
+        [2] * 6,
+        RoutedInputs(inputs.x, inputs.tokens[:1]),
+    )
+    assert (together.down.codes[:6] != alone.down.codes).float().mean() < 0.005
+
+
+def test_hessians_are_the_same_summed_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, inputs = make([16, 16])
+    whole = quantize(experts, [3] * 32, inputs)
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 7)
+    parts = quantize(experts, [3] * 32, inputs)
+    assert (whole.down.codes != parts.down.codes).float().mean() < 0.01

@@ -148,3 +148,16 @@ def test_dead_columns_become_zero_and_harm_nothing() -> None:
     levels = torch.full(weights.shape[:2], 3.0)
     solved = solve_along_columns(weights, hessians, levels, 128)
     assert solved.dequantized.isfinite().all()
+
+
+def test_an_indefinite_hessian_is_damped_until_it_can_be_solved() -> None:
+    good = torch.eye(64) + 0.1 * torch.ones(64, 64)
+    bad = torch.eye(64)
+    bad[0, 1] = bad[1, 0] = 3.0
+    hopeless = torch.eye(64)
+    hopeless[0, 1] = hopeless[1, 0] = 1e4
+    factor, _ = inverse_factor(torch.stack([good, bad, hopeless]))
+    assert factor.isfinite().all()
+    assert factor[0].equal(inverse_factor(good[None])[0][0])
+    assert factor[2].equal(torch.eye(64))
+    assert not factor[1].equal(torch.eye(64))
