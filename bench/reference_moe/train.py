@@ -1,6 +1,6 @@
 """Train the reference MoE: tokenizer, model, log and Hugging Face folder, on a CPU.
 
-    python -m bench.reference_moe.train --text train.txt --work WORK --minutes 85
+    python -m bench.reference_moe.train --text train.txt --work WORK --minutes 94
 
 The learning rate follows the elapsed wall time, so a run ends when it should on a busy machine.
 A run that was stopped goes on from the checkpoint in ``--work``.
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="checkpoint and token cache")
     parser.add_argument("--out", type=Path, default=HERE / "model")
     parser.add_argument("--log", type=Path, default=HERE / "training_log.jsonl")
-    parser.add_argument("--minutes", type=float, default=85)
+    parser.add_argument("--minutes", type=float, default=94)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=2048, help="tokens per step")
