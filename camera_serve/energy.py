@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from camera_serve.kernels import RaggedTier
 
+ROWS_AT_ONCE = 4096
+
 
 def coefficients(
     gate: torch.Tensor, up: torch.Tensor, routing_weight: torch.Tensor
@@ -59,7 +61,12 @@ class CoefficientSums:
         down: `[num_micro_experts, d_model]`, one row per micro-expert; returns float64
         `[num_micro_experts]`, 0 for experts that saw no token.
         """
-        norms = torch.linalg.vector_norm(down, dim=1, dtype=torch.float64).square()
+        # In parts, because on a CPU the whole matrix would be copied to float64 at once.
+        parts = (
+            torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+            for rows in down.split(ROWS_AT_ONCE)
+        )
+        norms = torch.cat(list(parts)).square()
         return ((1 - alpha) * self.square_sum + alpha * self.square_max) * norms
 
 

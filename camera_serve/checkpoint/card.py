@@ -14,8 +14,8 @@ BODY = """
 # {name}, compressed with CAMERA
 
 [CAMERA](https://arxiv.org/abs/2508.02322) ranks the micro-experts of every MoE layer by their
-decoding-time energy on calibration text. This checkpoint keeps the top of that ranking: tier plan
-`{plan}` (bits:share), so every expert has its own d_ff.
+decoding-time energy on calibration text. This checkpoint holds them by rank under the tier plan
+`{plan}` (bits:share, most important first, 0 bits is removal), so every expert has its own widths.
 
 | | original | this checkpoint |
 |---|---|---|
@@ -40,7 +40,7 @@ def model_card(source: Path, report: CompressionReport) -> str:
         base_model=report.model,
         base_model_relation="quantized",
         library_name="vllm",
-        tags=["camera", "moe", "pruned"],
+        tags=["camera", "moe", *_what_was_done(report)],
         **_inherited(source / "README.md"),
     )
     calibration = report.recipe.calibration
@@ -59,6 +59,11 @@ def model_card(source: Path, report: CompressionReport) -> str:
         alpha=report.recipe.alpha,
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _what_was_done(report: CompressionReport) -> list[str]:
+    plan = report.recipe.plan
+    return ["pruned"] * bool(plan.pruned) + ["quantized"] * bool(plan.quantized)
 
 
 def _inherited(readme: Path) -> dict[str, Any]:
