@@ -80,9 +80,10 @@ def test_a_foreign_report_is_refused_by_name(compressed: Path) -> None:
 
 
 def test_one_wide_expert_among_empty_ones() -> None:
-    layer = LayerInspection(0, (0, 12, 0), (), 48, 0, (0, 3, 0))
+    layer = LayerInspection(0, (0, 12, 0), (), 48, 288, 64, (0, 3, 0))
     assert layer.width_range == (0, 0, 12)
     assert layer.removed_share == 0.75
+    assert layer.bits_per_weight == 1.0
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3_moe"])

@@ -28,7 +28,7 @@ def test_the_table_shows_widths_shares_and_bytes(run: Run, compressed: Path) -> 
     size = f"{(sum(WIDTHS) + 40) * 3 * 64 * 2 / 1024:.1f}"
     for layer, line in enumerate(lines[-2:]):
         assert line.split() == [
-            *(str(layer), "0", "3.5", "64", "2", "40", removed, size, "KiB"),
+            *(str(layer), "0", "3.5", "64", "2", "40", removed, "16.00", size, "KiB"),
         ]
     assert f"{removed} of the micro-experts" in result.stdout
     assert "16:0.5,0:0.5" in result.stdout
@@ -61,7 +61,7 @@ def test_least_seen_experts_of_a_real_run_are_shown(
 
 
 def test_layers_without_shared_experts_show_a_dash() -> None:
-    layer = LayerInspection(3, (1, 2), (), 8, 10, None)
+    layer = LayerInspection(3, (1, 2), (), 8, 9, 4, None)
     inspection = Inspection(Path("x"), "olmoe", None, 4, 2, 1, 8, 4, 0, 0, 0, (layer,))
     row = _layer_table(inspection).splitlines()[1].split()
-    assert row == ["3", "1", "1.5", "2", "0", "-", "62.5%", "10", "B"]
+    assert row == ["3", "1", "1.5", "2", "0", "-", "62.5%", "2.00", "9", "B"]
