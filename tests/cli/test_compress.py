@@ -144,7 +144,10 @@ def test_a_real_interrupt_signal_ends_the_process_with_130(
 ) -> None:
     # Enough layers that the signal arrives long before the run is over.
     model = tiny_models.save("qwen2_moe", tmp_path / "model", num_hidden_layers=24)
-    command = "import camera_serve.cli; camera_serve.cli.main(prog_name='camera-serve')"
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = "import camera_serve.cli; camera_serve.cli.main(prog_name='camera-serve')"
+    command = f"{listen}; {program}"
     flags = ["--calibration", calibration, "--samples", "4", "--seq-len", "64", "--prune", "0.4"]
     process = subprocess.Popen(
         [sys.executable, "-c", command, "compress", model, "-o", tmp_path / "out", *flags],
