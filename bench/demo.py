@@ -17,7 +17,8 @@ from rich.table import Table
 
 from bench import reference
 from bench.perplexity import load_model, score, windows_of
-from bench.serving import ServerError, served, sigterm_as_exit
+from camera_serve.benchmark.process import termination_as_exit
+from camera_serve.benchmark.server import served
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CameraError
 
@@ -47,9 +48,9 @@ def main() -> int:
     """Run the demo; ends with one line `demo: OK` or `demo: FAILED: reason`, and an exit code."""
     options = _parse_options()
     try:
-        with sigterm_as_exit(), tempfile.TemporaryDirectory(prefix="camera-demo-") as folder:
+        with termination_as_exit(), tempfile.TemporaryDirectory(prefix="camera-demo-") as folder:
             run(options.model, Path(folder) / "compressed", options.prune)
-    except (DemoError, ServerError, CameraError, OpenAIError, OSError) as error:
+    except (DemoError, CameraError, OpenAIError, OSError) as error:
         print(f"demo: FAILED: {error}")
         return 1
     except (KeyboardInterrupt, SystemExit):
@@ -94,8 +95,8 @@ def observe(name: str, model: Path) -> Outcome:
         score(loaded, windows_of(model, text)).perplexity for text in reference.HELDOUT.values()
     )
     _say(name, f"vllm serve {model}")
-    with served(model) as base_url:
-        answers = ask(base_url)
+    with served(model) as server:
+        answers = ask(server.url)
     return Outcome(Checkpoint.open(model).expert_bytes, perplexities, answers)
 
 

@@ -9,14 +9,11 @@ The first measures and writes `bench/results/`; the second only puts the stored 
 import argparse
 import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +25,12 @@ from transformers import PreTrainedModel
 from bench import reference
 from bench.perplexity import WINDOW, Score, load_model, score, windows_of
 from bench.removal import random_scores, removed, weight_norms
+from bench.stored import environment, put_in_readme
 from camera_serve import compress
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.recipe import Calibration, Recipe, TierPlan
 
 RESULTS = reference.ROOT / "bench" / "results" / "quality-reference-moe.json"
-README = reference.ROOT / "README.md"
-MARKERS = ("<!-- quality:start -->", "<!-- quality:end -->")
 RESULT_VERSION = 1
 FRACTIONS = (0.2, 0.4, 0.6)
 SEEDS = (0, 1, 2)
@@ -67,7 +63,7 @@ def main() -> int:
     table = render(stored(options.output))
     Console().print(Markdown(table))
     if options.readme:
-        README.write_text(with_table(README.read_text(), table))
+        put_in_readme("quality", table)
     return 0
 
 
@@ -161,32 +157,6 @@ def _row(method: str, fraction: float, text: str, found: Score, bench: Bench) ->
     }
 
 
-def environment() -> dict[str, Any]:
-    """What the figures depend on besides the model: machine, versions, commit."""
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=reference.ROOT,
-        capture_output=True,
-        text=True,
-    )
-    packages = ("camera-serve", "torch", "transformers")
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "commit": commit.stdout.strip() or None,
-    }
-
-
 def stored(path: Path) -> dict[str, Any]:
     """A result that this version of the bench can read."""
     result: dict[str, Any] = json.loads(path.read_text())
@@ -233,13 +203,6 @@ def _caption(result: dict[str, Any]) -> str:
         f"Weight norm is `{result['weight_norm']}`. {found['cpu']}, torch {found['torch']}, "
         f"transformers {found['transformers']}, commit {found['commit']}."
     )
-
-
-def with_table(readme: str, table: str) -> str:
-    """README with `table` between the markers."""
-    before, _, rest = readme.partition(MARKERS[0])
-    _, _, after = rest.partition(MARKERS[1])
-    return f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}"
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Held-out perplexity of CAMERA-Q against its ablations, at equal bits, on the reference MoE.
 
     python -m bench.quantization
+    python -m bench.quantization --readme
 
 Figure 8 of the paper (the share r of the outer tiers), CAMERA-Q†, single-precision GPTQ, the other
-grouping of down_proj, and pruning and quantizing in one pass. Writes `bench/results/`.
+grouping of down_proj, and pruning and quantizing in one pass. The first measures and writes
+`bench/results/`; the second only puts the stored table in README.md.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from rich.table import Table
 from bench import reference
 from bench.ablations import ablated, down_along_micro_experts, sliced_by_input
 from bench.perplexity import Score, load_model, score, windows_of
-from bench.quality import environment
+from bench.stored import environment, put_in_readme
 from camera_serve import Calibration, Recipe, TierPlan, compress
 from camera_serve.checkpoint.reader import Checkpoint
 from converters.dense import convert_to_dense
@@ -31,7 +33,8 @@ PLANS = {
     **{f"CAMERA-Q, r = {r:g}": str(TierPlan.mixed(2, r)) for r in (0.1, 0.2, 0.3, 0.4, 0.5)},
     "GPTQ, 2 bits throughout": "2:1",
     "GPTQ, 3 bits throughout": "3:1",
-    "pruned by 20% and quantized": "4:0.1,3:0.35,2:0.35,0:0.2",
+    "pruned by 10% and quantized": "3:0.225,2:0.675,0:0.1",
+    "pruned by 20% and quantized": "4:0.1,3:0.25,2:0.45,0:0.2",
     "pruned by 40% and quantized": "4:0.3,3:0.3,0:0.4",
     "pruned only, to the same bytes": "16:0.140625,0:0.859375",
 }
@@ -45,7 +48,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--readme", action="store_true", help="only put the stored table there")
     options = parser.parse_args()
+    if options.readme:
+        put_in_readme("quantization", render(json.loads(options.output.read_text())))
+        return
     torch.set_num_threads(options.threads)
     calibration = Calibration(source=str(reference.CALIBRATION), samples=options.samples)
     windows = {name: windows_of(options.model, text) for name, text in reference.HELDOUT.items()}
@@ -110,6 +117,26 @@ def _row(name: str, scores: dict[str, Scores], bits: float) -> dict[str, Any]:
 def _cell(text: dict[str, float]) -> str:
     change = f"{text['log_ratio_to_base']:+.2%} ± {text['log_ratio_to_base_se']:.2%}"
     return f"{text['perplexity']:.2f} ({change})"
+
+
+def render(result: dict[str, Any]) -> str:
+    """The stored figures as a Markdown table, one line per method."""
+    texts = list(result["tokens"])
+    lines = [f"| method | bits per weight | {' | '.join(texts)} |", "|---" * (len(texts) + 2) + "|"]
+    for row in result["rows"]:
+        cells = [_cell(row["texts"][text]) for text in texts]
+        lines.append(f"| {row['method']} | {row['bits_per_weight']:.2f} | {' | '.join(cells)} |")
+    tokens = ", ".join(f"{count:,} tokens of {text}" for text, count in result["tokens"].items())
+    found = result["environment"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Perplexity of `bench/reference_moe/model` ({tokens}; {result['samples']} calibration "
+            f"windows); in brackets the change against {BASE} with its paired standard error. "
+            f"{found['cpu']}, torch {found['torch']}, transformers {found['transformers']}.",
+        ]
+    )
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench import reference
-from bench.quality import environment
+from bench.stored import environment
 from camera_serve.quantize.gptq import solve_along_columns, solve_along_rows
 
 RESULTS = reference.ROOT / "bench" / "results" / "solver.json"

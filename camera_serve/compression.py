@@ -1,7 +1,9 @@
 """One MoE layer: energies -> selection -> (quantized) tensors, and the experts that go on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,14 +15,12 @@ from camera_serve.kernels import RaggedTier
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.quantize.experts import (
     InputRecorder,
-    QuantizedExperts,
-    QuantizedRows,
     RoutedInputs,
     every_token,
     quantize_experts,
 )
 from camera_serve.ranking import measure
-from camera_serve.recipe import Recipe
+from camera_serve.recipe import Recipe, TierPlan
 from camera_serve.selection import LayerEnergies, Selection, select, select_rows
 from camera_serve.streaming import ModelStream, StreamedLayer
 
@@ -40,43 +40,88 @@ class CompressedLayer:
     rounded: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The kept micro-experts of a layer's routed experts, or of its shared ones.
+
+    rows: their weights in the dtype of the run; indices[e]: their numbers in expert e; counts[e]:
+    how many in each stored tier; prefix(e, projection): where the checkpoint has them.
+    """
+
+    rows: RaggedTier[torch.Tensor]
+    indices: list[torch.Tensor]
+    counts: tuple[tuple[int, ...], ...]
+    prefix: Callable[[int, Projection], str]
+
+
 @torch.inference_mode()
 def compress_layer(
     stream: ModelStream, layer: int, loaded: StreamedLayer, hidden: torch.Tensor, recipe: Recipe
 ) -> CompressedLayer:
     """Algorithm 2, lines 5-13, and Algorithm 3, lines 3-14, for one MoE layer.
 
-    hidden: `[samples, seq_len, d_model]`, the layer's input.
+    hidden: `[samples, seq_len, d_model]`, the layer's input. The experts of `loaded` are used up:
+    what is kept of them, dequantized where it was packed, lies in their storage afterwards.
     """
     assert loaded.experts is not None
     recorder = InputRecorder() if recipe.plan.quantized else None
     energies = measure(stream, layer, loaded, hidden, recipe.alpha, recorder)
     selection = select(energies, recipe.plan, recipe.align)
-    experts = select_rows(loaded.experts, selection.experts, stream.device)
-    shared = _shared_rows(loaded.shared, selection, stream.device)
-    codes = shared_codes = None
+    routed = _kept_routed(stream, layer, loaded.experts, selection)
+    shared = _kept_shared(stream, layer, loaded.shared, selection)
+    tensors: dict[str, torch.Tensor] = {}
+    rounded: tuple[int, ...] = ()
+    for kept in (routed, shared) if shared else (routed,):
+        tensors |= _plain_tensors(stream.checkpoint, kept, recipe.plan)
     if recorder:
         inputs = recorder.routed(stream.structure.num_experts)
-        counts = selection.layout.experts
-        experts, codes = _quantize(experts, counts, inputs, recipe, stream.device)
+        packed, rounded = _quantize(routed, inputs, recipe, stream.device)
+        tensors |= packed
         if shared:
-            counts, inputs = selection.layout.shared, every_token(inputs)
-            shared, shared_codes = _quantize(shared, counts, inputs, recipe, stream.device)
-    loaded.use_experts(experts)
+            tensors |= _quantize(shared, every_token(inputs), recipe, stream.device)[0]
+    loaded.use_experts(routed.rows)
     if shared:
-        set_shared(loaded.shared, shared)
-    tensors = _tensors(stream.checkpoint, layer, selection, recipe, codes, shared_codes)
-    rounded = codes.rounded if codes else ()
-    return CompressedLayer(tensors, replace(loaded, experts=experts), energies, selection, rounded)
+        set_shared(loaded.shared, shared.rows)
+    return CompressedLayer(
+        tensors, replace(loaded, experts=routed.rows), energies, selection, rounded
+    )
 
 
-def _shared_rows(
-    shared: Any, selection: Selection, device: torch.device
-) -> RaggedTier[torch.Tensor] | None:
+def _kept_routed(
+    stream: ModelStream, layer: int, experts: RaggedTier[torch.Tensor], selection: Selection
+) -> _Kept:
+    """The kept rows, moved to the front of `experts`: a copy would hold a large layer twice.
+
+    No expert moves back, so none is overwritten before it is read.
+    """
+    offsets = (0, *accumulate(len(rows) for rows in selection.experts))
+    matrices = (experts.gate, experts.up, experts.down)
+    for expert, indices in enumerate(selection.experts):
+        old, new = experts.rows(expert), slice(offsets[expert], offsets[expert + 1])
+        gate, up, down = (matrix[old] for matrix in matrices)
+        own = select_rows(RaggedTier(gate, up, down, (0, len(gate))), [indices], stream.device)
+        for matrix, moved in zip(matrices, (own.gate, own.up, own.down), strict=True):
+            matrix[new] = moved
+    gate, up, down = (matrix[: offsets[-1]] for matrix in matrices)
+    prefix = partial(stream.structure.expert_prefix, layer)
+    rows = RaggedTier(gate, up, down, offsets)
+    return _Kept(rows, selection.experts, selection.layout.experts, prefix)
+
+
+def _kept_shared(
+    stream: ModelStream, layer: int, shared: Any, selection: Selection
+) -> _Kept | None:
     if shared is None:
         return None
     gate, up, down = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight.T
-    return select_rows(RaggedTier(gate, up, down, (0, len(gate))), selection.shared, device)
+    whole = RaggedTier(gate, up, down, (0, len(gate)))
+    rows = select_rows(whole, selection.shared, stream.device)
+    return _Kept(
+        rows,
+        selection.shared,
+        selection.layout.shared,
+        lambda _, projection: stream.structure.shared_prefix(layer, projection),
+    )
 
 
 def set_shared(shared: Any, rows: RaggedTier[torch.Tensor]) -> None:
@@ -87,86 +132,45 @@ def set_shared(shared: Any, rows: RaggedTier[torch.Tensor]) -> None:
         linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
 
 
+def _plain_tensors(checkpoint: Checkpoint, kept: _Kept, plan: TierPlan) -> dict[str, torch.Tensor]:
+    """The 16-bit tier as it was stored, which need not be the dtype of the run."""
+    if plan.bits[0] != 16:
+        return {}
+    tensors = {}
+    for expert, (indices, counts) in enumerate(zip(kept.indices, kept.counts, strict=True)):
+        for projection in PROJECTIONS if counts[0] else ():
+            name = f"{kept.prefix(expert, projection)}.weight"
+            dim = int(projection == "down")
+            tensors[name] = checkpoint.get(name).index_select(dim, indices[: counts[0]])
+        checkpoint.release()
+    return tensors
+
+
 def _quantize(
-    experts: RaggedTier[torch.Tensor],
-    counts: Sequence[Sequence[int]],
-    inputs: RoutedInputs,
-    recipe: Recipe,
-    device: torch.device,
-) -> tuple[RaggedTier[torch.Tensor], QuantizedExperts]:
-    """Quantize the packed tiers of some experts; returns the experts as they will be served."""
-    bits = torch.tensor(recipe.plan.bits)
-    row_bits = torch.cat([bits.repeat_interleave(torch.tensor(tiers)) for tiers in counts])
-    codes = quantize_experts(
-        experts,
+    kept: _Kept, inputs: RoutedInputs, recipe: Recipe, device: torch.device
+) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
+    """Quantize the packed tiers; their rows become the weights that will be served.
+
+    Returns the packed tensors by name, and the experts that were rounded to nearest.
+    """
+    bits, packed = torch.tensor(recipe.plan.bits), recipe.plan.quantized
+    row_bits = torch.cat([bits.repeat_interleave(torch.tensor(tiers)) for tiers in kept.counts])
+    tensors: dict[str, torch.Tensor] = {}
+    rounded = []
+    for solved in quantize_experts(
+        kept.rows,
         row_bits,
         inputs,
         group_size=recipe.group_size,
         solver=recipe.solver,
         device=device,
-    )
-    packed = (row_bits < 16).to(device)
-
-    def served(matrix: torch.Tensor, rows: QuantizedRows) -> torch.Tensor:
-        weights = matrix.clone()
-        weights[packed] = rows.dequantize().to(weights)
-        return weights
-
-    gate, up = served(experts.gate, codes.gate), served(experts.up, codes.up)
-    return RaggedTier(gate, up, served(experts.down, codes.down), experts.offsets), codes
-
-
-def _tensors(
-    checkpoint: Checkpoint,
-    layer: int,
-    selection: Selection,
-    recipe: Recipe,
-    codes: QuantizedExperts | None,
-    shared_codes: QuantizedExperts | None,
-) -> dict[str, torch.Tensor]:
-    """What the checkpoint holds of the layer's experts, tensor by tensor."""
-    structure = checkpoint.structure
-    tensors: dict[str, torch.Tensor] = {}
-    for projection in PROJECTIONS:
-        for expert, rows in enumerate(selection.experts):
-            prefix = structure.expert_prefix(layer, expert, projection)
-            counts = selection.layout.experts[expert]
-            own = _expert_rows(codes, projection, expert)
-            tensors |= _projection(checkpoint, prefix, projection, rows, counts, own, recipe)
-        for rows, counts in zip(selection.shared, selection.layout.shared, strict=True):
-            prefix = structure.shared_prefix(layer, projection)
-            own = _expert_rows(shared_codes, projection, 0)
-            tensors |= _projection(checkpoint, prefix, projection, rows, counts, own, recipe)
-    checkpoint.release()
-    return tensors
-
-
-def _projection(
-    checkpoint: Checkpoint,
-    prefix: str,
-    projection: Projection,
-    kept: torch.Tensor,
-    counts: Sequence[int],
-    codes: QuantizedRows | None,
-    recipe: Recipe,
-) -> dict[str, torch.Tensor]:
-    plain = counts[0] if recipe.plan.bits[0] == 16 else 0
-    tensors = {}
-    if plain:
-        stored = checkpoint.get(f"{prefix}.weight")
-        rows = stored.index_select(int(projection == "down"), kept[:plain])
-        tensors[f"{prefix}.weight"] = rows
-    if codes:
-        packed = counts[len(counts) - len(recipe.plan.quantized) :]
-        tensors |= packed_tensors(prefix, codes, packed, recipe.plan.quantized)
-    return tensors
-
-
-def _expert_rows(
-    codes: QuantizedExperts | None, projection: Projection, expert: int
-) -> QuantizedRows | None:
-    if codes is None:
-        return None
-    own = slice(codes.offsets[expert], codes.offsets[expert + 1])
-    rows: QuantizedRows = getattr(codes, projection)
-    return QuantizedRows(rows.codes[own], rows.scales[own], rows.zeros[own])
+    ):
+        end = kept.rows.offsets[solved.expert + 1]
+        counts = kept.counts[solved.expert][-len(packed) :]
+        for projection, rows in solved.rows.items():
+            matrix: torch.Tensor = getattr(kept.rows, projection)
+            matrix[end - sum(counts) : end] = rows.dequantize()
+            tensors |= packed_tensors(kept.prefix(solved.expert, projection), rows, counts, packed)
+        if solved.rounded:
+            rounded.append(solved.expert)
+    return tensors, tuple(rounded)

@@ -33,6 +33,14 @@ class ServingError(CameraError):
     """vLLM was started in a version or with a setting that cannot serve the checkpoint."""
 
 
+class KernelError(CameraError):
+    """A kernel was given weights or activations it cannot take."""
+
+
+class KernelBuildError(CameraError):
+    """The CPU kernel could not be compiled on this machine."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of another library's message, or the error's kind when it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -41,7 +41,7 @@ from camera_serve.progress import OnProgress, Reporter
 from camera_serve.recipe import Recipe, Settings
 from camera_serve.report import CompressionReport, LayerReport
 from camera_serve.runtime import compute_dtype, pick_device, run_log
-from camera_serve.sizing import Estimate, estimate_for
+from camera_serve.sizing import Estimate, check_fits, disk_bytes, estimate_for
 from camera_serve.streaming import ModelStream
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ def compress(
     refuse_overlap(source, output)
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
+    check_fits(checkpoint, recipe)
     target = pick_device(device)
     dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
     tokens = calibration_tokens(recipe.calibration, source)
@@ -95,7 +96,7 @@ def compress(
     check_output(output, overwrite=overwrite)
     workspace = Workspace(output)
     written = workspace.bytes_written if resume else 0
-    require_space(output.parent, estimate_for(checkpoint, recipe, target).disk_bytes - written)
+    require_space(output.parent, disk_bytes(checkpoint, recipe) - written)
     workspace.start(print_, resume=resume, overwrite=overwrite)
     stream = ModelStream(checkpoint, target, dtype)
     run = _Run(checkpoint, recipe, stream, workspace, ShardPlan(checkpoint))

@@ -41,6 +41,7 @@ class TierPlan(Settings):
     @classmethod
     def mixed(cls, bits: int, ratio: float) -> Self:
         """CAMERA-Q: `[b+1, b, b-1]` bits in shares `[r, 1-2r, r]` (appendix A.5)."""
+        _check_neighbours(bits)
         if not 0 < ratio <= 0.5:
             raise RecipeError(f"--tier-ratio is {ratio}: the share must be in (0, 0.5]")
         shares = {bits + 1: ratio, bits: 1 - 2 * ratio, bits - 1: ratio}
@@ -103,6 +104,11 @@ class Calibration(Settings):
     seq_len: Annotated[int, Field(gt=1)] = 2048
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all windows."""
+        return self.samples * self.seq_len
+
 
 class Recipe(Settings):
     """Everything that decides the bytes of a compressed checkpoint, besides the model itself."""
@@ -131,6 +137,27 @@ class Recipe(Settings):
     def dump(self) -> str:
         """The recipe as YAML, as `load` reads it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _check_neighbours(bits: int) -> None:
+    """Refuse an average whose neighbours are not served, with a plan that has the same average."""
+    if {bits + 1, bits, bits - 1} <= set(SERVED_BITS):
+        return
+    if not 0 < bits < 16:
+        raise RecipeError(f"--bits is {bits}: give 1, 2 or 3, or another average by --plan")
+    above = min(b for b in SERVED_BITS if b > bits)
+    below = max(b for b in SERVED_BITS if b < bits)
+    if bits in SERVED_BITS:
+        high, low = 0.1, 0.1 * (above - bits) / (bits - below)
+        plan = f"{above}:{high:g},{bits}:{1 - high - low:g},{below}:{low:g}"
+    else:
+        high = (bits - below) / (above - below)
+        plan = f"{above}:{high:g},{below}:{1 - high:g}"
+    raise RecipeError(
+        f"--bits {bits} means tiers of {bits + 1}, {bits} and {bits - 1} bits, and only "
+        f"{', '.join(map(str, SERVED_BITS))} are served: for an average of {bits} bits give "
+        f"--plan {plan}"
+    )
 
 
 def describe_errors(error: ValidationError) -> str:

@@ -40,7 +40,11 @@ class LayerVerification:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked and found right; `layers` is empty when there was no original to compare."""
+    """What was checked and found right.
+
+    `layers` is empty when there was no original to compare, and where tiers are packed: codes do
+    not tell which micro-expert of the original they stand for.
+    """
 
     path: Path
     against: Path | None
@@ -65,9 +69,9 @@ def verify(
     """Check every tensor of `path` against its config, and read every weight for NaN and Inf.
 
     With `against`: the config is the original's, every tensor outside the experts is byte-equal to
-    it, and, where all tiers are of 16 bits, every kept micro-expert is exactly one of the
-    original's, none kept twice; packed ones are compared by `fidelity.output_errors`. Raises
-    `CheckpointError` naming the first tensor and row at fault.
+    it, and every micro-expert kept in 16 bits is exactly one of the original's, none kept twice;
+    packed ones are compared by `fidelity.output_errors`. Raises `CheckpointError` naming the first
+    tensor and row at fault.
     """
     checkpoint = Checkpoint.open(path)
     original = Checkpoint.open(against) if against else None
@@ -76,17 +80,18 @@ def verify(
     moe_layers = checkpoint.structure.moe_layers
     report = Reporter(len(moe_layers), torch.device("cpu"), on_progress)
     report("verify", 0)
-    packed = checkpoint.quantization is not None and min(checkpoint.quantization.bits) < 16
+    bits = checkpoint.quantization.bits if checkpoint.quantization else (16,)
     for name in sorted(checkpoint.entries.keys() - checkpoint.expert_names):
         tensor = checkpoint.get(name)
         if original:
             _check_equal(checkpoint, original, name, tensor)
     layers = []
     for done, layer in enumerate(moe_layers, start=1):
-        if original and not packed:
-            layers.append(_verify_layer(checkpoint, original, layer))
-        else:
+        if not original or min(bits) < 16:
             _read_layer(checkpoint, layer)
+        if original and max(bits) == 16:
+            compared = _verify_layer(checkpoint, original, layer)
+            layers += [compared] if min(bits) == 16 else []
         report("verify", done)
     return Verification(
         path, against, len(checkpoint.entries), checkpoint.total_bytes, tuple(layers)

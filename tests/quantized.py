@@ -17,13 +17,16 @@ from camera_serve import Calibration, Recipe, TierPlan
 from tests.pruning import structure_of
 
 
-def compress(dense: Path, output: Path, plan: str) -> None:
-    """Compress a tiny model by `plan`, on little text: groups of 32, any width."""
+def compress(dense: Path, output: Path, plan: str, *, align: int = 1, group_size: int = 32) -> None:
+    """Compress a tiny model by `plan`, on little text."""
     text = output.with_name("calibration.txt")
     text.write_text(Path(__file__).read_text() * 4)
-    calibration = Calibration(source=str(text), samples=6, seq_len=128)
     recipe = Recipe(
-        plan=TierPlan.parse(plan), calibration=calibration, align=1, group_size=32, dtype="float32"
+        plan=TierPlan.parse(plan),
+        calibration=Calibration(source=str(text), samples=6, seq_len=128),
+        align=align,
+        group_size=group_size,
+        dtype="float32",
     )
     camera_serve.compress(dense, output, recipe)
 

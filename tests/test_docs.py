@@ -2,9 +2,11 @@
 
 Substituted: the names `MODEL`, `OUT`, `DIR` and `TEXT` by paths. The calibration is cut to a few
 short windows, and each example finds a machine where its output folder does not exist yet, unless
-it says `--resume` or `--overwrite`. What needs a server is run by the tests in `tests/e2e`.
+it says `--resume` or `--overwrite`. `bench` meets a fake `vllm`; what else needs a server is run by
+the tests in `tests/e2e`.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -13,12 +15,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench import quality
+from bench import quality, quantization, stored
 from camera_serve.cli import main
 from tests import tiny_models
+from tests.benchmark import fake_vllm
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+SHORT_BENCH = ["--modes", "serve", "--repeats", "1"]
 SHORT_CALIBRATION = ["--samples", "4", "--seq-len", "64"]
 
 
@@ -48,13 +52,19 @@ def run(command: str, names: dict[str, str]) -> None:
     arguments = shlex.split(substituted(command, names))[1:]
     if arguments[0] in ("compress", "analyze") and "--recipe" not in arguments:
         arguments += SHORT_CALIBRATION
+    if arguments[0] == "bench":
+        arguments[1:1] = SHORT_BENCH
     if "-o" in arguments and not {"--resume", "--overwrite"} & set(arguments):
         shutil.rmtree(arguments[arguments.index("-o") + 1], ignore_errors=True)
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, f"{command}\n{result.output}"
 
 
-def test_every_command_runs(names: dict[str, str]) -> None:
+def test_every_command_runs(
+    names: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_vllm.install(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
     ours = [command for command in commands() if command != "vllm serve OUT"]
     assert {command.split()[0] for command in ours} == {"camera-serve"}
     assert {command.split()[1] for command in ours} == set(main.commands)
@@ -72,6 +82,10 @@ def test_python_examples_run(names: dict[str, str]) -> None:
     compile(client, "README.md", "exec")
 
 
-def test_table_holds_the_stored_figures() -> None:
-    table = quality.render(quality.stored(quality.RESULTS))
-    assert quality.with_table(README, table) == README
+def test_tables_hold_the_stored_figures() -> None:
+    tables = {
+        "quality": quality.render(quality.stored(quality.RESULTS)),
+        "quantization": quantization.render(json.loads(quantization.RESULTS.read_text())),
+    }
+    for name, table in tables.items():
+        assert stored.with_table(README, name, table) == README, name

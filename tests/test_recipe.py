@@ -44,6 +44,21 @@ def test_a_wrong_plan_is_refused_with_what_was_read(text: str, message: str) -> 
         TierPlan.parse(text)
 
 
+@pytest.mark.parametrize("bits", range(4, 16))
+def test_an_average_without_served_neighbours_is_refused_with_a_plan_that_has_it(bits: int) -> None:
+    with pytest.raises(RecipeError, match=f"tiers of {bits + 1}, {bits} and {bits - 1}") as error:
+        TierPlan.mixed(bits, 0.2)
+    plan = TierPlan.parse(str(error.value).rpartition(" ")[2])
+    assert sum(tier.bits * tier.fraction for tier in plan.tiers) == pytest.approx(bits)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_an_average_is_kept_by_its_three_tiers(bits: int) -> None:
+    plan = TierPlan.mixed(bits, 0.2)
+    assert [tier.bits for tier in plan.tiers] == [bits + 1, bits, bits - 1]
+    assert [tier.fraction for tier in plan.tiers] == pytest.approx([0.2, 0.6, 0.2])
+
+
 def test_a_recipe_survives_its_yaml(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(RECIPE.dump())

@@ -1,15 +1,17 @@
 """`verify` finds every dropped micro-expert, and every weight that is not the original's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from camera_serve.errors import CheckpointError
 from camera_serve.progress import Progress
 from camera_serve.verification import verify
-from tests import pruning, tiny_models
+from tests import pruning, quantized, tiny_models
 from tests.editing import Tensors, edit_config, edit_weights
 
 D_FF, NUM_EXPERTS, SHARED_D_FF = 64, 8, 96
@@ -193,3 +195,35 @@ def test_progress_counts_layers(dense: Path, compressed: Path) -> None:
     reports: list[Progress] = []
     verify(compressed, dense, on_progress=reports.append)
     assert [(report.done, report.total) for report in reports] == [(0, 2), (1, 2), (2, 2)]
+
+
+@pytest.fixture(scope="module")
+def mixed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("mixed") / "out"
+    quantized.compress(dense, output, "16:0.4,2:0.4,0:0.2")
+    return output
+
+
+def test_16_bit_rows_beside_packed_ones_are_the_originals(dense: Path, mixed: Path) -> None:
+    found = verify(mixed, dense)
+    # Which micro-experts were packed and which dropped cannot be told.
+    assert found.layers == ()
+    assert found.against == dense
+
+
+@pytest.mark.parametrize(
+    ("projection", "where", "named"),
+    [("gate_proj", (1, 9), "row 1"), ("down_proj", (9, 2), "column 2")],
+)
+def test_an_altered_16_bit_row_beside_packed_ones_is_named(
+    dense: Path, mixed: Path, tmp_path: Path, projection: str, where: tuple[int, int], named: str
+) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    name = f"{EXPERT_2}.{projection}.weight"
+    (shard,) = (file for file in out.glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(shard)
+    tensors[name][where] += 0.5
+    save_file(tensors, shard, metadata={"format": "pt"})
+    verify(out)
+    with pytest.raises(CheckpointError, match=rf"{name}, {named} is no .*changed"):
+        verify(out, dense)

@@ -123,15 +123,21 @@ class CameraQuantizationConfig(Settings):
 
 
 def check_groups(d_model: int, group_size: int, bits: Sequence[int]) -> None:
-    """Refuse packed tiers whose groups or words would not fill a row of d_model weights."""
+    """Refuse packed tiers whose groups are not whole packing units, or do not fill a row."""
     if all(b == 16 for b in bits):
         return
-    for size, what in ((group_size, "group size"), (CODES_PER_UNIT, "packing unit")):
-        if size < 1 or d_model % size:
-            usable = [g for g in (32, 64, 128, 256) if d_model % g == 0]
-            raise CheckpointError(
-                f"{what} {size} does not divide d_model {d_model}; group sizes that do: {usable}"
-            )
+    if d_model % CODES_PER_UNIT:
+        raise CheckpointError(
+            f"d_model {d_model} is no multiple of {CODES_PER_UNIT}, so micro-experts cannot be "
+            "packed: use a plan of 16 and 0 bits"
+        )
+    if group_size < 1 or group_size % CODES_PER_UNIT or d_model % group_size:
+        sizes = range(CODES_PER_UNIT, 2 * GROUP_SIZE + 1, CODES_PER_UNIT)
+        usable = ", ".join(str(size) for size in sizes if d_model % size == 0)
+        raise CheckpointError(
+            f"group size {group_size} must be a multiple of {CODES_PER_UNIT} that divides d_model "
+            f"{d_model}: {usable}"
+        )
 
 
 def _check_counts(

@@ -6,6 +6,7 @@ import warnings
 import click
 
 from camera_serve.cli.analyze import analyze
+from camera_serve.cli.bench import bench
 from camera_serve.cli.compress import compress
 from camera_serve.cli.convert import convert
 from camera_serve.cli.failures import FriendlyGroup
@@ -27,5 +28,5 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-for command in (analyze, compress, inspect, verify, convert):
+for command in (analyze, compress, inspect, verify, convert, bench):
     main.add_command(command)

@@ -112,13 +112,24 @@ def _estimate(model: str, recipe: "Recipe", device: str) -> None:
 
 def _estimate_summary(estimate: "Estimate") -> str:
     experts = f"{human_bytes(estimate.expert_bytes_before)} -> "
-    lines = (
+    parts = (
+        (estimate.layer_bytes, "of weights"),
+        (estimate.mapped_bytes, "of mapped files"),
+        (estimate.tier_bytes, "of finished experts"),
+    )
+    lines = [
         ("expert weights", experts + human_bytes(estimate.expert_bytes_after)),
         ("checkpoint", human_bytes(estimate.output_bytes)),
         ("peak memory", human_bytes(estimate.peak_memory_bytes)),
+        ("  one layer", ", ".join(f"{human_bytes(size)} {what}" for size, what in parts)),
+    ]
+    if estimate.solver_bytes:
+        at_once = f"for {estimate.experts_at_once} of {estimate.num_experts} experts at a time"
+        lines.append(("  solver", f"{human_bytes(estimate.solver_bytes)} {at_once}"))
+    lines += [
         ("disk needed", human_bytes(estimate.disk_bytes)),
         ("time", f"about {human_seconds(estimate.seconds)}"),
-    )
+    ]
     return "\n".join(f"{name:<15} {value}" for name, value in lines)
 
 

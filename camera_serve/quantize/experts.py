@@ -5,7 +5,7 @@ and up make of them. Every group of weights lies inside one micro-expert, for do
 tier, split or order leaves it intact. Experts are solved many at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,16 +13,12 @@ import torch
 from torch.nn import functional
 
 from camera_serve.kernels import RaggedTier
+from camera_serve.models.structure import Projection
+from camera_serve.quantize.cost import SolveSize
 from camera_serve.quantize.gptq import solve_along_columns, solve_along_rows
 
 MIN_TOKENS = 32
 """Experts that saw fewer tokens are rounded to nearest: their Hessian would say too little."""
-
-SOLVER_BYTES = 2**31
-"""Memory the Hessians of the experts solved at a time may take, with their factors."""
-
-TOKENS_AT_ONCE = 16384
-"""Tokens whose activations are held in float32 while a Hessian is summed."""
 
 Solver = Literal["gptq", "rtn"]
 
@@ -41,9 +37,9 @@ class RoutedInputs:
         """The inputs of one expert, float32 `[num_tokens_e, d_model]`."""
         return self.x[self.tokens[expert]].to(device, torch.float32)
 
-    def batches(self, expert: int, device: torch.device) -> Iterator[torch.Tensor]:
-        """The same, at most `TOKENS_AT_ONCE` tokens at a time: a shared expert sees all of them."""
-        for tokens in self.tokens[expert].split(TOKENS_AT_ONCE):
+    def batches(self, expert: int, size: SolveSize, device: torch.device) -> Iterator[torch.Tensor]:
+        """The same, some tokens at a time: a shared expert sees all of them."""
+        for tokens in self.tokens[expert].split(size.tokens_at_once):
             yield self.x[tokens].to(device, torch.float32)
 
 
@@ -60,11 +56,14 @@ class InputRecorder:
         self._ids.append(arguments[1].cpu())
 
     def routed(self, num_experts: int) -> RoutedInputs:
-        """All batches together, by expert."""
+        """All batches together, by expert; the recorder gives them up."""
         ids = torch.cat(self._ids)
         order = torch.sort(ids.flatten(), stable=True).indices // ids.shape[1]
         counts = torch.bincount(ids.flatten(), minlength=num_experts).tolist()
-        return RoutedInputs(torch.cat(self._x), order.split(counts))
+        x = torch.cat(self._x)
+        self._x.clear()
+        self._ids.clear()
+        return RoutedInputs(x, order.split(counts))
 
 
 def every_token(inputs: RoutedInputs) -> RoutedInputs:
@@ -74,7 +73,7 @@ def every_token(inputs: RoutedInputs) -> RoutedInputs:
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """The quantized micro-experts of one projection, expert by expert.
+    """The quantized micro-experts of one projection of one expert.
 
     codes: uint8 `[num_rows, d_model]`; scales, zeros: float16 `[num_rows, num_groups]`.
     """
@@ -82,12 +81,6 @@ class QuantizedRows:
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
-
-    @classmethod
-    def empty(cls, d_model: int, group_size: int) -> "QuantizedRows":
-        """No rows."""
-        grid = torch.empty(0, d_model // group_size, dtype=torch.float16)
-        return cls(torch.empty(0, d_model, dtype=torch.uint8), grid, grid)
 
     def dequantize(self) -> torch.Tensor:
         """float32 `[num_rows, d_model]`."""
@@ -97,17 +90,15 @@ class QuantizedRows:
 
 
 @dataclass(frozen=True)
-class QuantizedExperts:
-    """The quantized tiers of some experts; expert e owns the rows `offsets[e]:offsets[e + 1]`.
+class QuantizedExpert:
+    """The packed tiers of one expert.
 
-    rounded: experts that saw fewer than `MIN_TOKENS` tokens.
+    rounded: it saw fewer than `MIN_TOKENS` tokens.
     """
 
-    gate: QuantizedRows
-    up: QuantizedRows
-    down: QuantizedRows
-    offsets: tuple[int, ...]
-    rounded: tuple[int, ...]
+    expert: int
+    rows: dict[Projection, QuantizedRows]
+    rounded: bool
 
 
 def quantize_experts(
@@ -118,124 +109,132 @@ def quantize_experts(
     group_size: int,
     solver: Solver,
     device: torch.device,
-) -> QuantizedExperts:
+) -> Iterator[QuantizedExpert]:
     """Quantize the rows of `experts` whose `row_bits` are below 16 (Algorithm 3, lines 9-13).
 
     experts: 16-bit rows, falling tiers in each expert; row_bits: int64 `[num_rows]`. Rows of 16
-    bits come first in an expert and stay as they are, so they take no part in its error.
+    bits come first in an expert and stay as they are, so they take no part in its error. Yields
+    the experts with rows below 16 bits, in order; a caller may overwrite the rows of an expert
+    once it has been given it, so that a layer need not be held twice.
     """
     packed = row_bits < 16
     widths = [int(packed[experts.rows(e)].sum()) for e in range(len(experts.offsets) - 1)]
-    offsets = torch.tensor([0, *widths]).cumsum(0)
     seen = [len(tokens) for tokens in inputs.tokens]
-    parts: list[tuple[QuantizedRows, QuantizedRows, QuantizedRows]] = []
-    for chunk in _chunks(widths, inputs.x.shape[1]):
-        batch = _Batch.load(experts, row_bits, chunk, widths, device)
-        usable = [e if solver == "gptq" and seen[e] >= MIN_TOKENS else None for e in chunk]
-        parts.append(_solve(batch, inputs, usable, group_size))
-    nothing = QuantizedRows.empty(inputs.x.shape[1], group_size)
-    gate, up, down = (
-        _concatenate((nothing, *p)) for p in (zip(*parts, strict=True) if parts else ((), (), ()))
-    )
-    rounded = tuple(e for e, width in enumerate(widths) if width and seen[e] < MIN_TOKENS)
-    return QuantizedExperts(gate, up, down, tuple(offsets.tolist()), rounded)
+    size = SolveSize(len(widths), max(widths), inputs.x.shape[1], group_size)
+    for chunk in _chunks(widths, size):
+        usable = tuple(e if solver == "gptq" and seen[e] >= MIN_TOKENS else None for e in chunk)
+        rows = [slice(experts.offsets[e + 1] - widths[e], experts.offsets[e + 1]) for e in chunk]
+        batch = _Batch.load(experts, row_bits, rows, usable, device)
+        solved = _solve(batch, inputs, size)
+        # Or the next chunk would be loaded beside this one.
+        del batch
+        for expert, quantized in zip(chunk, solved, strict=True):
+            yield QuantizedExpert(expert, quantized, seen[expert] < MIN_TOKENS)
 
 
 @dataclass(frozen=True)
 class _Batch:
     """Some experts' rows to quantize, padded to one width with zeros.
 
-    gate, up, down: float32 `[num_experts, max_width, d_model]`; levels: float32
-    `[num_experts, max_width]`, the highest code; widths: rows that are no padding.
+    gate_up: float32 `[num_experts, 2 * max_width, d_model]`; down: float32 `[num_experts,
+    max_width, d_model]`; levels: float32 `[num_experts, max_width]`, the highest code; widths: rows
+    that are no padding; experts: their numbers, None for one to round to nearest.
     """
 
-    gate: torch.Tensor
-    up: torch.Tensor
+    gate_up: torch.Tensor
     down: torch.Tensor
     levels: torch.Tensor
     widths: tuple[int, ...]
+    experts: tuple[int | None, ...]
 
     @classmethod
     def load(
         cls,
-        experts: RaggedTier[torch.Tensor],
+        matrices: RaggedTier[torch.Tensor],
         row_bits: torch.Tensor,
-        chunk: list[int],
-        widths: list[int],
+        rows: list[slice],
+        experts: tuple[int | None, ...],
         device: torch.device,
     ) -> "_Batch":
-        own = [slice(experts.offsets[e + 1] - widths[e], experts.offsets[e + 1]) for e in chunk]
+        widths = tuple(span.stop - span.start for span in rows)
+        shape = (max(widths), matrices.gate.shape[1])
+        gate_up = torch.zeros(len(rows), 2, *shape, device=device)
+        down = torch.zeros(len(rows), *shape, device=device)
+        levels = torch.ones(len(rows), max(widths), device=device)
+        for slot, (span, width) in enumerate(zip(rows, widths, strict=True)):
+            gate_up[slot, 0, :width] = matrices.gate[span]
+            gate_up[slot, 1, :width] = matrices.up[span]
+            down[slot, :width] = matrices.down[span]
+            levels[slot, :width] = 2.0 ** row_bits[span].to(device) - 1
+        return cls(gate_up.flatten(1, 2), down, levels, widths, experts)
 
-        def pad(matrix: torch.Tensor) -> torch.Tensor:
-            rows = [matrix[span].to(device, torch.float32) for span in own]
-            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-        bits = [row_bits[span].to(device) for span in own]
-        padded = torch.nn.utils.rnn.pad_sequence(bits, batch_first=True, padding_value=1)
-        gate, up, down = pad(experts.gate), pad(experts.up), pad(experts.down)
-        levels = 2.0**padded - 1
-        return cls(gate, up, down, levels, tuple(widths[e] for e in chunk))
-
-
-def _chunks(widths: list[int], d_model: int) -> Iterator[list[int]]:
-    """Experts with rows to quantize, as many at a time as `SOLVER_BYTES` hold."""
+def _chunks(widths: list[int], size: SolveSize) -> Iterator[list[int]]:
+    """The experts with rows to quantize, as many at a time as are solved together."""
     experts = [e for e, width in enumerate(widths) if width]
-    widest = max(widths, default=0)
-    per_expert = 4 * 4 * (d_model**2 + widest**2)
-    size = max(1, SOLVER_BYTES // per_expert)
-    for start in range(0, len(experts), size):
-        yield experts[start : start + size]
+    for start in range(0, len(experts), size.experts_at_once):
+        yield experts[start : start + size.experts_at_once]
 
 
 def _solve(
-    batch: _Batch, inputs: RoutedInputs, usable: list[int | None], group_size: int
-) -> tuple[QuantizedRows, QuantizedRows, QuantizedRows]:
-    """usable: for each expert of the batch its number, or None to round to nearest."""
-    num_experts, width, d_model = batch.gate.shape
-    hessians = torch.eye(d_model, device=batch.gate.device).repeat(num_experts, 1, 1)
-    for slot, expert in enumerate(usable):
-        if expert is not None:
-            hessians[slot] = sum(x.T @ x for x in inputs.batches(expert, batch.gate.device))
-    both, levels = torch.cat([batch.gate, batch.up], dim=1), batch.levels.repeat(1, 2)
-    gate_up = solve_along_columns(both, hessians, levels, group_size)
-    hessians = torch.eye(width, device=batch.gate.device).repeat(num_experts, 1, 1)
-    for slot, expert in enumerate(usable):
-        if expert is not None:
-            hessians[slot] = _activation_hessian(gate_up.dequantized[slot], inputs, expert)
+    batch: _Batch, inputs: RoutedInputs, size: SolveSize
+) -> list[dict[Projection, QuantizedRows]]:
+    """The quantized rows of each expert of a batch."""
+    levels, width = batch.levels.repeat(1, 2), batch.down.shape[1]
+    hessians = _hessians(batch, inputs, size, size.d_model, lambda _, x: x)
+    gate_up = solve_along_columns(batch.gate_up, hessians, levels, size.group_size)
+
+    def activations(slot: int, x: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.dequantized[slot].chunk(2)
+        return functional.silu(x @ gate.T) * (x @ up.T)
+
+    hessians = _hessians(batch, inputs, size, width, activations)
     down = solve_along_rows(
-        batch.down.transpose(1, 2), hessians, batch.levels, group_size, batch.widths
+        batch.down.transpose(1, 2), hessians, batch.levels, size.group_size, batch.widths
     )
-    return (
-        _rows(gate_up.codes[:, :width], gate_up.scale[:, :width], gate_up.zero[:, :width], batch),
-        _rows(gate_up.codes[:, width:], gate_up.scale[:, width:], gate_up.zero[:, width:], batch),
-        _rows(down.codes.transpose(1, 2), down.scale, down.zero, batch),
-    )
+    gate_codes, up_codes = gate_up.codes.split(width, dim=1)
+    gate_scale, up_scale = gate_up.scale.split(width, dim=1)
+    gate_zero, up_zero = gate_up.zero.split(width, dim=1)
+    by_projection: dict[Projection, list[QuantizedRows]] = {
+        "gate": _rows(gate_codes, gate_scale, gate_zero, batch.widths),
+        "up": _rows(up_codes, up_scale, up_zero, batch.widths),
+        "down": _rows(down.codes.transpose(1, 2), down.scale, down.zero, batch.widths),
+    }
+    return [
+        {projection: rows[slot] for projection, rows in by_projection.items()}
+        for slot in range(len(batch.widths))
+    ]
 
 
-def _activation_hessian(gate_up: torch.Tensor, inputs: RoutedInputs, expert: int) -> torch.Tensor:
-    """Σ h·hᵀ of what quantized gate and up make of one expert's tokens: `[width, width]`."""
-    gate, up = gate_up.chunk(2)
-    total = gate.new_zeros(len(gate), len(gate))
-    for x in inputs.batches(expert, gate.device):
-        activations = functional.silu(x @ gate.T) * (x @ up.T)
-        total += activations.T @ activations
-    return total
+def _hessians(
+    batch: _Batch,
+    inputs: RoutedInputs,
+    size: SolveSize,
+    columns: int,
+    features: Callable[[int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Σ f·fᵀ over the tokens of each expert, `[num_experts, columns, columns]`.
+
+    `features(slot, x)`: what the weights to solve multiply, `[num_tokens, columns]`. Experts to
+    round to nearest have the identity.
+    """
+    device = batch.down.device
+    hessians = torch.eye(columns, device=device).repeat(len(batch.experts), 1, 1)
+    for slot, expert in enumerate(batch.experts):
+        if expert is None:
+            continue
+        hessians[slot] = 0
+        for x in inputs.batches(expert, size, device):
+            f = features(slot, x)
+            hessians[slot] += f.T @ f
+    return hessians
 
 
 def _rows(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, batch: _Batch
-) -> QuantizedRows:
-    """Drop the padding: `[num_experts, max_width, …]` to `[num_rows, …]`, on the CPU."""
-
-    def flat(padded: torch.Tensor) -> torch.Tensor:
-        return torch.cat([rows[:n] for rows, n in zip(padded, batch.widths, strict=True)]).cpu()
-
-    return QuantizedRows(flat(codes), flat(scale).half(), flat(zero).half())
-
-
-def _concatenate(parts: tuple[QuantizedRows, ...]) -> QuantizedRows:
-    return QuantizedRows(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.cat([part.zeros for part in parts]),
-    )
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, widths: Sequence[int]
+) -> list[QuantizedRows]:
+    """Each expert's rows without the padding after them, on the CPU."""
+    return [
+        QuantizedRows(c[:n].cpu().contiguous(), s[:n].half().cpu(), z[:n].half().cpu())
+        for c, s, z, n in zip(codes, scale, zero, widths, strict=True)
+    ]

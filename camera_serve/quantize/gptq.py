@@ -61,6 +61,8 @@ def inverse_factor(
     for _ in range(RETRIES):
         if not failed.any():
             return factor, dead
+        # Or two factors would be held at once.
+        del factor
         damping = 10 * damping
         diagonal += torch.where(failed, damping, torch.zeros_like(damping))[:, None]
         factor, failed = _upper_factor(hessians)
@@ -70,8 +72,10 @@ def inverse_factor(
 
 def _upper_factor(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The factor of each inverse, and which could not be computed."""
-    lower, first = torch.linalg.cholesky_ex(hessians)
-    factor, second = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    # One name for all three, so that each is given up for the next: they are as large as Hessians.
+    factor, first = torch.linalg.cholesky_ex(hessians)
+    factor = torch.cholesky_inverse(factor)
+    factor, second = torch.linalg.cholesky_ex(factor, upper=True)
     return factor, (first > 0) | (second > 0)
 
 
@@ -88,7 +92,6 @@ def solve_along_columns(
     `[batch, rows]`, the highest code of each row. scale, zero: `[batch, rows, groups]`.
     """
     factor, dead = inverse_factor(hessians)
-    weights = weights.masked_fill(dead[:, None], 0)
     grids: list[Grid] = []
 
     def quantize(
@@ -102,7 +105,7 @@ def solve_along_columns(
         decoded = grids[-1].decode(codes)
         return codes[..., 0, 0], decoded[..., 0, 0]
 
-    codes, dequantized = _columns(weights, factor, quantize, group_size)
+    codes, dequantized = _columns(weights, factor, dead, quantize, group_size)
     scale = torch.cat([grid.scale for grid in grids], dim=-1)
     zero = torch.cat([grid.zero for grid in grids], dim=-1)
     return Solution(codes, dequantized, scale, zero)
@@ -122,7 +125,6 @@ def solve_along_rows(
     widths: columns of each matrix that are no padding. scale, zero: `[batch, columns, groups]`.
     """
     factor, dead = inverse_factor(hessians, widths)
-    weights = weights.masked_fill(dead[:, None], 0)
     grids: list[Grid] = []
     equal = weights.new_ones(1)
 
@@ -134,20 +136,25 @@ def solve_along_rows(
         codes = grids[-1].encode(groups)
         return codes.flatten(1), grids[-1].decode(codes).flatten(1)
 
-    codes, dequantized = _columns(weights, factor, quantize, BLOCK)
+    codes, dequantized = _columns(weights, factor, dead, quantize, BLOCK)
     scale = torch.stack([grid.scale for grid in grids], dim=1)
     zero = torch.stack([grid.zero for grid in grids], dim=1)
     return Solution(codes, dequantized, scale, zero)
 
 
 def _columns(
-    weights: torch.Tensor, factor: torch.Tensor, quantize: QuantizeColumn, group_size: int
+    weights: torch.Tensor,
+    factor: torch.Tensor,
+    dead: torch.Tensor,
+    quantize: QuantizeColumn,
+    group_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The column loop: `[batch, rows, columns]` to codes and dequantized weights of that shape.
 
     Columns lie outermost while it runs, so that every step reads and writes contiguous memory.
     """
-    rest = weights.permute(2, 0, 1).contiguous()
+    rest = weights.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+    rest.masked_fill_(dead.T[..., None], 0)
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
     for start in range(0, len(rest), BLOCK):
         block = rest[start : start + BLOCK]

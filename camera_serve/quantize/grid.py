@@ -14,6 +14,9 @@ SMALLEST_RANGE = 0.4
 REFINEMENTS = 3
 """Least-squares fits of scale and zero to the codes, each followed by new codes."""
 
+CACHED_WEIGHTS = 2**17
+"""Weights fitted at once: every candidate reads them again, from a cache if they fit."""
+
 SMALLEST_SCALE = 2.0**-24
 """The smallest positive float16: a group of equal weights has no range, and no scale may be 0."""
 
@@ -45,6 +48,15 @@ def fit_grid(weights: torch.Tensor, levels: torch.Tensor, importance: torch.Tens
     weights: float32 `[..., num_groups, group]`; levels: `[..., num_groups]` or broadcastable,
     `2**bits - 1`; importance: weight of each squared error, broadcastable to `weights`.
     """
+    levels, importance = levels.expand(weights.shape[:-1]), importance.expand_as(weights)
+    step = max(1, CACHED_WEIGHTS // max(1, weights[:1].numel()))
+    parts = zip(*(t.split(step) for t in (weights, levels, importance)), strict=True)
+    grids = [_fit(part.contiguous(), *rest) for part, *rest in parts]
+    scale, zero = (torch.cat([getattr(grid, name) for grid in grids]) for name in ("scale", "zero"))
+    return Grid(scale, zero, levels)
+
+
+def _fit(weights: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor) -> Grid:
     low, high = weights.amin(-1), weights.amax(-1)
     best = _grid(low, (high - low) / levels, levels)
     error = _error(best, weights, importance)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Parameter
 from vllm.config import CUDAGraphMode, get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
 from vllm.model_executor.utils import set_weight_attrs
@@ -15,7 +16,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from camera_serve.checkpoint.format import PARTS, Part, Tiers
 from camera_serve.errors import ServingError
-from camera_serve.kernels import RaggedLayer, RaggedTier, ragged_moe
+from camera_serve.kernels import RaggedLayer, RaggedTier, cpu, ragged_moe
 from camera_serve.models import Projection
 from camera_serve.vllm_plugin.compat import MoEMethodBase, weights_are_read
 from camera_serve.vllm_plugin.loading import (
@@ -30,6 +31,8 @@ from camera_serve.vllm_plugin.loading import (
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+logger = init_logger(__name__)
 
 _PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w3": "up", "w2": "down"}
 
@@ -55,6 +58,7 @@ class CameraMoEMethod(MoEMethodBase):
         self._prefix = moe_prefix
         self._name = name
         self._loader: RowLoader | None = None
+        self._cpu_tiers: list[torch.Tensor] = []
         self._refuse_engine_settings()
 
     def create_weights(
@@ -97,11 +101,16 @@ class CameraMoEMethod(MoEMethodBase):
         """None: vLLM's own MoE kernels are not used."""
 
     def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
-        """Refuse to serve weights that never arrived; random weights are wanted for `dummy`."""
+        """Refuse to serve weights that never arrived; random weights are wanted for `dummy`.
+
+        Then hand the rows over to the fast kernel of the device, where there is one.
+        """
         if not weights_are_read():
             fill_dummy_grids(layer.w13_scales, layer.w2_scales)
         elif self._loader:
             self._loader.check_complete()
+        if current_platform.is_cpu():
+            self._pack_for_cpu(layer)
 
     def apply(
         self,
@@ -113,11 +122,37 @@ class CameraMoEMethod(MoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """The rank's summand of the layer's output, as x: `[num_tokens, d_model]`."""
+        bits = list(self._tiers.bits)
+        if self._cpu_tiers:
+            return torch.ops.vllm.camera_cpu_moe(
+                x, topk_weights, topk_ids, self._cpu_tiers, bits, self._tiers.group_size
+            )
         gate_up = [getattr(layer, f"w13_{part}") for part in PARTS]
         down = [getattr(layer, f"w2_{part}") for part in PARTS]
         return torch.ops.vllm.camera_ragged_moe(
-            x, topk_weights, topk_ids, gate_up, down, layer.ragged_offsets, list(self._tiers.bits)
+            x, topk_weights, topk_ids, gate_up, down, layer.ragged_offsets, bits
         )
+
+    def _pack_for_cpu(self, layer: "RoutedExperts") -> None:
+        if layer.w13_weight.dtype != torch.bfloat16:
+            logger.warning_once(
+                "camera-serve: the fast CPU kernel computes in bfloat16; %s runs in plain torch, "
+                "slowly. Serve with --dtype bfloat16",
+                layer.w13_weight.dtype,
+            )
+            return
+        gate_up = [getattr(layer, f"w13_{part}").data for part in PARTS]
+        down = [getattr(layer, f"w2_{part}").data for part in PARTS]
+        offsets = layer.ragged_offsets
+        rows = _ragged_layer(gate_up, down, offsets, list(self._tiers.bits))
+        for number, tier in enumerate(cpu.pack_layer(rows).tiers):
+            for name in ("offsets", "gate_up", "down"):
+                held = Parameter(getattr(tier, name), requires_grad=False)
+                layer.register_parameter(f"camera_{name}_{number}", held)
+                self._cpu_tiers.append(held)
+        for part in PARTS:
+            for name in (f"w13_{part}", f"w2_{part}"):
+                getattr(layer, name).data = torch.empty(0)
 
     def _load(
         self,
@@ -181,6 +216,16 @@ class CameraMoEMethod(MoEMethodBase):
             )
 
 
+def _ragged_layer(
+    gate_up: list[torch.Tensor], down: list[torch.Tensor], offsets: torch.Tensor, bits: list[int]
+) -> RaggedLayer:
+    by_tier = [tuple(row) for row in offsets.tolist()]
+    num_rows = [row[-1] for row in by_tier]
+    gate, up = (RankRows(*(part[i] for part in gate_up)).by_tier(num_rows, bits) for i in (0, 1))
+    rows = zip(gate, up, RankRows(*down).by_tier(num_rows, bits), by_tier, strict=True)
+    return RaggedLayer(tuple(RaggedTier(*tier) for tier in rows))
+
+
 def _ragged_moe(
     x: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -190,11 +235,7 @@ def _ragged_moe(
     offsets: torch.Tensor,
     bits: list[int],
 ) -> torch.Tensor:
-    by_tier = [tuple(row) for row in offsets.tolist()]
-    num_rows = [row[-1] for row in by_tier]
-    gate, up = (RankRows(*(part[i] for part in gate_up)).by_tier(num_rows, bits) for i in (0, 1))
-    rows = zip(gate, up, RankRows(*down).by_tier(num_rows, bits), by_tier, strict=True)
-    layer = RaggedLayer(tuple(RaggedTier(*tier) for tier in rows))
+    layer = _ragged_layer(gate_up, down, offsets, bits)
     return ragged_moe(x, top_k_weights, top_k_ids, layer)
 
 
@@ -216,3 +257,30 @@ def _ragged_moe_shape(
 direct_register_custom_op(
     op_name="camera_ragged_moe", op_func=_ragged_moe, fake_impl=_ragged_moe_shape
 )
+
+
+def _cpu_moe(
+    x: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    top_k_ids: torch.Tensor,
+    tiers: list[torch.Tensor],
+    bits: list[int],
+    group_size: int,
+) -> torch.Tensor:
+    layout = zip(bits, tiers[::3], tiers[1::3], tiers[2::3], strict=True)
+    layer = cpu.CpuLayer(x.shape[1], group_size, tuple(cpu.CpuTier(*tier) for tier in layout))
+    return cpu.ragged_moe(x, top_k_weights, top_k_ids, layer)
+
+
+def _cpu_moe_shape(
+    x: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    top_k_ids: torch.Tensor,
+    tiers: list[torch.Tensor],
+    bits: list[int],
+    group_size: int,
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+direct_register_custom_op(op_name="camera_cpu_moe", op_func=_cpu_moe, fake_impl=_cpu_moe_shape)

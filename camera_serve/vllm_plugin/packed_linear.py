@@ -146,7 +146,8 @@ def _packed_rows_shape(
     width: int,
     down: bool,
 ) -> torch.Tensor:
-    return x.new_empty(len(x), parts[0].shape[1] if down else width)
+    # Not `len(x)`: that would compile the graph for this one number of tokens.
+    return x.new_empty(x.shape[0], parts[0].shape[1] if down else width)
 
 
 # Opaque, so that torch.compile does not trace the unpacking of every tier.

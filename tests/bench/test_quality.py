@@ -44,13 +44,6 @@ def test_table_shows_every_method_and_the_range_over_seeds() -> None:
     )
 
 
-def test_only_the_text_between_the_markers_changes() -> None:
-    start, end = quality.MARKERS
-    assert quality.with_table(f"a\n{start}\nold\n{end}\nb\n", "new") == (
-        f"a\n{start}\nnew\n{end}\nb\n"
-    )
-
-
 def test_every_method_removes_the_same_share_and_is_compared_in_pairs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from camera_serve.checkpoint.format import (
     DENSE_TIERS,
     CameraQuantizationConfig,
+    check_groups,
     dense_layout,
     expert_shapes,
 )
@@ -167,3 +168,28 @@ def test_a_packed_tensor_of_another_dtype_is_named(
     save_file({**tensors, name: tensors[name].to(dtype)}, shard, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{name} is {wanted}"):
         Checkpoint.open(tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("packed")
+    quantized.compress(tiny_models.save("qwen3_moe", root / "dense"), root / "out", "2:1")
+    return root / "out"
+
+
+@pytest.mark.parametrize("group_size", [16, 48, 96, 128])
+def test_groups_that_are_no_whole_units_of_a_row_are_refused(
+    packed: Path, tmp_path: Path, group_size: int
+) -> None:
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["group_size"] = group_size
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = rf"group size {group_size} must be a multiple of 32 that divides d_model 64: 32, 64$"
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(tmp_path)
+
+
+def test_rows_that_are_no_whole_units_cannot_be_packed() -> None:
+    with pytest.raises(CheckpointError, match=r"d_model 80 is no multiple of 32.* 16 and 0 bits"):
+        check_groups(80, 16, (2,))
+    check_groups(80, 128, (16,))

@@ -5,6 +5,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from camera_serve.cli import main
+from camera_serve.quantize import cost
+from camera_serve.quantize.cost import SolveSize
 from tests import quantized, tiny_models
 
 
@@ -65,16 +67,35 @@ def test_verify_reports_the_output_error_of_every_layer(folder: Path, tmp_path: 
     assert all(0.2 < error < 2 for error in errors[1].values())
 
 
+def test_dry_run_says_what_the_solver_holds(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ("-o", str(tmp_path / "out"), "--bits", "2", "--dry-run")
+    size = SolveSize(num_experts=8, width=64, d_model=64, group_size=32)
+    monkeypatch.setattr(cost, "SOLVER_BYTES", 3 * size.expert_bytes)
+    lines = run(folder, *plan).output.splitlines()
+    (solver,) = (line for line in lines if line.startswith("  solver"))
+    assert solver.endswith(" for 3 of 8 experts at a time")
+    monkeypatch.setattr(cost, "SOLVER_BYTES", 2**31)
+    assert "for 8 of 8 experts at a time" in run(folder, *plan).output
+    assert "solver" not in run(folder, *plan[:2], "--prune", "0.5", "--dry-run").output
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--bits", "7"), "--bits: plan '8:0.2,7:0.6,6:0.2': 7 bits cannot be served"),
+        (("--bits", "4"), "for an average of 4 bits give --plan 8:0.1,4:0.5,3:0.4"),
+        (("--bits", "7"), "--plan 8:0.75,4:0.25"),
+        (("--bits", "8"), "--plan 16:0.1,8:0.7,4:0.2"),
+        (("--bits", "16"), "--bits is 16: give 1, 2 or 3"),
+        (("--bits", "0"), "--bits is 0: give 1, 2 or 3"),
         (("--bits", "2", "--tier-ratio", "0.6"), "--tier-ratio is 0.6: the share must be in"),
         (("--bits", "2", "--prune", "0.4"), "found --prune and --bits"),
         (("--plan", "3:0.5,2:0.4"), "must sum to 1, found 0.9"),
         (("--plan", "2:0.5,3:0.5"), "must fall from tier to tier"),
         (("--plan", "16:0.01,0:0.99", "--align", "32"), "prunes all"),
-        (("--bits", "2", "--group-size", "48"), "group size 48 does not divide d_model 64"),
+        (("--bits", "2", "--group-size", "48"), "48 must be a multiple of 32 that divides"),
         (("--bits", "2", "--group-size", "0"), "--group-size: Input should be greater than 0"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tests import editing, pruning, quantized, tiny_models
-from tests.e2e.engine import NUM_TOKENS, PROMPTS, Answer
+from tests.e2e.engine import NUM_TOKENS, PROMPTS, Answer, Prompts
 
 # Float32 on both sides, so only the order of sums differs: 4e-5 was the largest difference seen.
 # A single lost micro-expert moves these models' log-probabilities by far more.
@@ -55,10 +55,10 @@ def _dense(family: str, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def expected(model: torch.nn.Module) -> list[torch.Tensor]:
+def expected(model: torch.nn.Module, prompts: Prompts = PROMPTS) -> list[torch.Tensor]:
     """transformers' greedy answers: log-probabilities `[NUM_TOKENS, vocab]` for each prompt."""
     answers = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         tokens = list(prompt)
         for _ in range(NUM_TOKENS):
             rows = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ([5, 9, 200, 31, 7], [17] * 3 + [300, 4, 88, 90, 41, 250], list(range(40, 90)), [3])
 NUM_TOKENS = 8
+Prompts = Sequence[Sequence[int]]
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     # `apply_model` sends a function to the workers.
@@ -32,10 +34,11 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Job:
-    """One engine: a checkpoint and the arguments of `vllm.LLM` beside the common ones."""
+    """One engine: a checkpoint, the arguments of `vllm.LLM` beside the common ones, token ids."""
 
     model: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    prompts: Prompts = PROMPTS
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """Answers to `PROMPTS`, and the resident bytes of the routed experts on the first rank."""
+    """Answers to the prompts, and the resident bytes of routed experts on the first rank."""
 
     answers: list[Answer]
     expert_bytes: int
@@ -89,7 +92,7 @@ def _serve(job: Job) -> Result:
         job.model, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=128, **arguments
     )
     outputs = engine.generate(
-        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+        [{"prompt_token_ids": prompt} for prompt in job.prompts],
         SamplingParams(temperature=0, max_tokens=NUM_TOKENS, logprobs=5, ignore_eos=True),
         use_tqdm=False,
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import pruning, tiny_models
+from tests import pruning, quantized, tiny_models
 from tests.e2e import checkpoints
 from tests.e2e.engine import Job, Result, run
 
@@ -31,13 +31,14 @@ QUANTIZED = {
 }
 DUMMY = "dummy"
 QUANTIZED_DUMMY = "dummy, 2 bits"
+WIDE = "d_model 1024, groups of 128, in bfloat16"
 
 Served = dict[str, tuple[Result, Path, list[torch.Tensor]]]
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """All variants and a dummy load of the first, one after another in one process."""
+    """All variants, dummy loads and a wider model, one after another in one process."""
     folder = tmp_path_factory.mktemp("families")
     made = {
         variant: checkpoints.make(family, folder / str(number), widths)
@@ -53,13 +54,29 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
         bare = folder / name
         shutil.copytree(path, bare, ignore=shutil.ignore_patterns("*.safetensors*"))
         jobs.append(Job(str(bare), {"load_format": "dummy"}))
+    jobs.append(Job(str(_wide(folder)), {"dtype": "bfloat16"}))
     results = run(jobs, folder)
     served = {
         variant: (result, path, checkpoints.expected(model))
         for (variant, (path, model)), result in zip(made.items(), results, strict=False)
     }
-    empty = zip(dummies.items(), results[len(made) :], strict=True)
-    return served | {name: (result, path, []) for (name, path), result in empty}
+    others = [*dummies.items(), (WIDE, Path(jobs[-1].model))]
+    rest = zip(others, results[len(made) :], strict=True)
+    return served | {name: (result, path, []) for (name, path), result in rest}
+
+
+def _wide(folder: Path) -> Path:
+    dense = tiny_models.save(
+        "olmoe",
+        folder / "wide" / "dense",
+        hidden_size=1024,
+        intermediate_size=256,
+        num_attention_heads=8,
+        num_hidden_layers=1,
+    )
+    output = folder / "wide" / "quantized"
+    quantized.compress(dense, output, "3:0.2,2:0.6,1:0.2", align=32, group_size=128)
+    return output
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *QUANTIZED])
@@ -68,17 +85,31 @@ def test_served_equals_the_original_with_the_same_weights(served: Served, varian
     assert checkpoints.difference(result.answers, wanted) < checkpoints.TOLERANCE
 
 
+def _experts(folder: Path) -> dict[str, torch.Tensor]:
+    """Every routed expert's tensors on disk."""
+    stored = (load_file(file) for file in folder.glob("*.safetensors"))
+    return {name: t for tensors in stored for name, t in tensors.items() if ".experts." in name}
+
+
 @pytest.mark.parametrize("variant", [*VARIANTS, *QUANTIZED, DUMMY, QUANTIZED_DUMMY])
 def test_resident_experts_take_the_bytes_of_the_kept_rows(served: Served, variant: str) -> None:
     result, path, _ = served[variant]
-    stored = {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
     # 16-bit rows are served in float32 here; packed ones take the bytes they have on disk.
     wanted = sum(
         t.numel() * 4 if name.endswith(".weight") else t.nbytes
-        for name, t in stored.items()
-        if ".experts." in name
+        for name, t in _experts(path).items()
     )
     assert result.expert_bytes == wanted
+
+
+def test_two_bits_cost_at_most_a_sixth_and_a_half_of_bfloat16(served: Served) -> None:
+    result, path, _ = served[WIDE]
+    dense, packed = _experts(path.with_name("dense")), _experts(path)
+    assert {t.dtype for t in dense.values()} == {torch.bfloat16}
+    before = sum(t.nbytes for t in dense.values())
+    # Scales and zeros included: 2 bits on average and 2 * 16 bits for 128 weights, 1/7.1 of 16.
+    assert sum(t.nbytes for t in packed.values()) * 6.5 <= before
+    assert result.expert_bytes * 6.5 <= before
 
 
 @pytest.mark.parametrize("name", [DUMMY, QUANTIZED_DUMMY])

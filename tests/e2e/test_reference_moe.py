@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import camera_serve.hf  # noqa: F401  (from_pretrained then knows compressed checkpoints)
 from bench.reference import CALIBRATION, HELDOUT, MODEL
-from bench.serving import served
 from camera_serve import Calibration, Recipe, TierPlan, compress
+from camera_serve.benchmark.server import served
 
 pytestmark = pytest.mark.e2e
 
@@ -38,7 +38,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     output = tmp_path_factory.mktemp("reference") / "compressed"
     calibration = Calibration(source=str(CALIBRATION), samples=8, seq_len=512)
     compress(MODEL, output, Recipe(plan=TierPlan.prune(0.4), calibration=calibration))
-    with served(output, *FLAGS) as url, OpenAI(base_url=url, api_key="none") as client:
+    with (
+        served(output, *FLAGS) as serving,
+        OpenAI(base_url=serving.url, api_key="none") as client,
+    ):
         yield Server(client, str(output))
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from bench.serving import ServerError, served
+from camera_serve.benchmark.process import VllmError
+from camera_serve.benchmark.server import served
 from tests import editing
 from tests.e2e import checkpoints
 from tests.e2e.engine import NUM_TOKENS, PROMPTS, Answer
@@ -28,8 +29,8 @@ def test_answers_over_http_equal_the_original_with_the_same_rows_zeroed(
 ) -> None:
     path, model = checkpoints.make(family, tmp_path)
     with (
-        served(path, *FLAGS, *flags) as url,
-        OpenAI(base_url=url, api_key="none") as client,
+        served(path, *FLAGS, *flags) as server,
+        OpenAI(base_url=server.url, api_key="none") as client,
         ThreadPoolExecutor(len(PROMPTS)) as pool,
     ):
         answers = list(pool.map(lambda prompt: _ask(client, str(path), prompt), PROMPTS))
@@ -56,7 +57,7 @@ def test_a_tampered_checkpoint_stops_the_server_and_is_named_last(
 ) -> None:
     path, _ = checkpoints.make("qwen2_moe", tmp_path)
     tamper(path)
-    with pytest.raises(ServerError) as caught, served(path, *FLAGS, "--enforce-eager"):
+    with pytest.raises(VllmError) as caught, served(path, *FLAGS, "--enforce-eager"):
         pass
     assert message in str(caught.value).splitlines()[-1]
 

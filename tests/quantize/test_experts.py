@@ -1,12 +1,17 @@
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch.nn import functional
 
 from camera_serve.kernels import RaggedTier
-from camera_serve.quantize import experts as module
+from camera_serve.models.structure import PROJECTIONS
+from camera_serve.quantize import cost
 from camera_serve.quantize.experts import (
     InputRecorder,
-    QuantizedExperts,
+    QuantizedExpert,
+    QuantizedRows,
     RoutedInputs,
     every_token,
     quantize_experts,
@@ -27,22 +32,50 @@ def make(widths: list[int], num_tokens: int = 400) -> tuple[RaggedTier[torch.Ten
     return RaggedTier(gate, up, down, offsets), recorder.routed(len(widths))
 
 
-def quantize(
+@dataclass(frozen=True)
+class Solved:
+    """All quantized rows of a layer, expert by expert."""
+
+    gate: QuantizedRows
+    up: QuantizedRows
+    down: QuantizedRows
+    widths: dict[int, int]
+    rounded: list[int]
+
+
+def solve(
     experts: RaggedTier[torch.Tensor], bits: list[int], inputs: RoutedInputs, solver: str = "gptq"
-) -> QuantizedExperts:
+) -> Iterator[QuantizedExpert]:
     return quantize_experts(
         experts,
         torch.tensor(bits),
         inputs,
         group_size=32,
-        solver=solver,
-        device=CPU,  # type: ignore[arg-type]
+        solver=solver,  # type: ignore[arg-type]
+        device=CPU,
     )
 
 
-def output_error(
-    experts: RaggedTier[torch.Tensor], solved: QuantizedExperts, inputs: RoutedInputs
-) -> float:
+def quantize(
+    experts: RaggedTier[torch.Tensor], bits: list[int], inputs: RoutedInputs, solver: str = "gptq"
+) -> Solved:
+    return together(list(solve(experts, bits, inputs, solver)))
+
+
+def together(parts: list[QuantizedExpert]) -> Solved:
+    rows = {
+        p: QuantizedRows(
+            torch.cat([part.rows[p].codes for part in parts]),
+            torch.cat([part.rows[p].scales for part in parts]),
+            torch.cat([part.rows[p].zeros for part in parts]),
+        )
+        for p in PROJECTIONS
+    }
+    widths = {part.expert: len(part.rows["gate"].codes) for part in parts}
+    return Solved(**rows, widths=widths, rounded=[p.expert for p in parts if p.rounded])
+
+
+def output_error(experts: RaggedTier[torch.Tensor], solved: Solved, inputs: RoutedInputs) -> float:
     """Squared error of all experts' outputs on their own tokens, relative to the outputs."""
     gate, up, down = (q.dequantize() for q in (solved.gate, solved.up, solved.down))
     wrong = total = 0.0
@@ -91,8 +124,8 @@ def test_more_bits_mean_less_error() -> None:
 def test_ragged_widths_are_solved_as_if_alone(widths: list[int]) -> None:
     experts, inputs = make(widths)
     bits = [2] * sum(widths)
-    together = quantize(experts, bits, inputs)
-    assert together.offsets == experts.offsets
+    whole = quantize(experts, bits, inputs)
+    assert whole.widths == {e: width for e, width in enumerate(widths) if width}
     for expert, width in enumerate(widths):
         if not width:
             continue
@@ -100,14 +133,14 @@ def test_ragged_widths_are_solved_as_if_alone(widths: list[int]) -> None:
         one = RaggedTier(experts.gate[rows], experts.up[rows], experts.down[rows], (0, width))
         alone = quantize(one, [2] * width, RoutedInputs(inputs.x, (inputs.tokens[expert],)))
         for name in ("gate", "up", "down"):
-            codes = getattr(together, name).codes[rows]
+            codes = getattr(whole, name).codes[rows]
             assert (codes != getattr(alone, name).codes).float().mean() < 0.005
 
 
 def test_rows_of_16_bits_are_left_out() -> None:
     experts, inputs = make([8, 8])
     solved = quantize(experts, ([16] * 3 + [4] * 5) * 2, inputs)
-    assert solved.offsets == (0, 5, 10)
+    assert solved.widths == {0: 5, 1: 5}
     assert len(solved.gate.codes) == len(solved.down.scales) == 10
     difference = solved.gate.dequantize()[:5] - experts.gate[3:8]
     assert difference.abs().mean() < 0.05 * experts.gate.abs().mean() * 4
@@ -117,7 +150,7 @@ def test_an_expert_that_saw_too_few_tokens_is_rounded_and_named() -> None:
     experts, inputs = make([16, 16])
     few = RoutedInputs(inputs.x, (inputs.tokens[0], inputs.tokens[1][:5]))
     solved, rounded = quantize(experts, [2] * 32, few), quantize(experts, [2] * 32, few, "rtn")
-    assert solved.rounded == (1,)
+    assert solved.rounded == [1]
     assert solved.gate.codes[16:].equal(rounded.gate.codes[16:])
     assert not solved.gate.codes[:16].equal(rounded.gate.codes[:16])
 
@@ -125,7 +158,7 @@ def test_an_expert_that_saw_too_few_tokens_is_rounded_and_named() -> None:
 def test_chunks_of_experts_do_not_change_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     experts, inputs = make([16] * 5)
     whole = quantize(experts, [2] * 80, inputs)
-    monkeypatch.setattr(module, "SOLVER_BYTES", 1)
+    monkeypatch.setattr(cost, "SOLVER_BYTES", 1)
     parts = quantize(experts, [2] * 80, inputs)
     for name in ("gate", "up", "down"):
         assert (getattr(whole, name).codes != getattr(parts, name).codes).float().mean() < 0.01
@@ -133,25 +166,36 @@ def test_chunks_of_experts_do_not_change_the_codes(monkeypatch: pytest.MonkeyPat
 
 def test_experts_without_a_packed_row_give_no_codes() -> None:
     experts, inputs = make([4, 4])
-    solved = quantize(experts, [16] * 8, inputs)
-    assert solved.offsets == (0, 0, 0)
-    assert solved.gate.codes.shape == (0, D_MODEL) and solved.down.scales.shape == (0, 2)
+    assert list(solve(experts, [16] * 8, inputs)) == []
+
+
+def test_an_expert_may_be_overwritten_once_it_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, inputs = make([16] * 3)
+    monkeypatch.setattr(cost, "SOLVER_BYTES", 1)
+    wanted, parts = quantize(experts, [2] * 48, inputs), []
+    for part in solve(experts, [2] * 48, inputs):
+        for matrix in (experts.gate, experts.up, experts.down):
+            matrix[experts.rows(part.expert)] = torch.nan
+        parts.append(part)
+    found = together(parts)
+    for name in PROJECTIONS:
+        assert getattr(found, name).codes.equal(getattr(wanted, name).codes)
 
 
 def test_a_wide_neighbour_does_not_change_a_narrow_expert() -> None:
     experts, inputs = make([6, 120])
-    together = quantize(experts, [2] * 126, inputs)
+    both = quantize(experts, [2] * 126, inputs)
     alone = quantize(
         RaggedTier(experts.gate[:6], experts.up[:6], experts.down[:6], (0, 6)),
         [2] * 6,
         RoutedInputs(inputs.x, inputs.tokens[:1]),
     )
-    assert (together.down.codes[:6] != alone.down.codes).float().mean() < 0.005
+    assert (both.down.codes[:6] != alone.down.codes).float().mean() < 0.005
 
 
 def test_hessians_are_the_same_summed_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     experts, inputs = make([16, 16])
     whole = quantize(experts, [3] * 32, inputs)
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(cost, "TOKENS_AT_ONCE", 7)
     parts = quantize(experts, [3] * 32, inputs)
     assert (whole.down.codes != parts.down.codes).float().mean() < 0.01

@@ -1,0 +1,205 @@
+"""What `python -m bench.kernels` found, as one versioned JSON, and the tables people read."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+from pydantic import Field, ValidationError
+from rich.table import Table
+
+from bench.contestants import Kind
+from bench.limits import Limits
+from bench.moe_inputs import Routing
+from camera_serve.benchmark.environment import Environment
+from camera_serve.checkpoint.reader import read_json
+from camera_serve.errors import CameraError
+from camera_serve.recipe import Settings, describe_errors
+
+T = TypeVar("T")
+
+
+class TimingSettings(Settings):
+    """What to time: every combination of shape, routing, threads and tokens is a cell.
+
+    `plans` as `TierPlan` reads them. `seconds` of timing per contestant of a cell. `seed` is also
+    the layer whose widths are drawn. `memory_limit`: bytes all contestants may take together.
+    """
+
+    shapes: tuple[str, ...]
+    tokens: tuple[int, ...]
+    plans: tuple[str, ...]
+    threads: tuple[int, ...]
+    routings: tuple[Routing, ...]
+    seconds: float = Field(ge=0)
+    seed: int = 0
+    memory_limit: int
+
+
+class CheckedError(Settings):
+    """A contestant's relative error against float64 on a smaller layer of a shape."""
+
+    shape: str
+    contestant: str
+    error: float
+
+
+class TimedLayer(Settings):
+    """A layer that was timed; it has fewer experts than the published one where memory is short."""
+
+    shape: str
+    num_experts: int
+    published_experts: int
+
+
+class Place(Settings):
+    """What kernels must have in common to be compared."""
+
+    shape: str
+    routing: Routing
+    threads: int
+    tokens: int
+
+
+class Cell(Settings):
+    """One kernel's time at one place.
+
+    `read_bytes`: of the experts that were routed to; `flop`: two per weight and token; both are
+    means over the inputs.
+    """
+
+    place: Place
+    contestant: str
+    kind: Kind
+    repetitions: int
+    median_seconds: float
+    quartiles_seconds: tuple[float, float]
+    read_bytes: float
+    flop: float
+
+
+class KernelReport(Settings):
+    """A whole run. `isa`: the instruction set our kernel used."""
+
+    version: Literal[1] = 1
+    environment: Environment
+    isa: str
+    settings: TimingSettings
+    limits: tuple[Limits, ...]
+    checks: tuple[CheckedError, ...]
+    layers: tuple[TimedLayer, ...]
+    cells: tuple[Cell, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """A stored report; raises `CameraError` for a file that is none."""
+        if not path.exists():
+            raise CameraError(f"{path} is missing: run `python -m bench.kernels` first")
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as error:
+            raise CameraError(
+                f"{path} is not a kernel benchmark this version reads: {describe_errors(error)}; "
+                "measure again"
+            ) from error
+
+    def at(self, place: Place) -> list[Cell]:
+        """The kernels that were timed at a place."""
+        return [cell for cell in self.cells if cell.place == place]
+
+    def dense(self, place: Place) -> Cell:
+        """The fastest dense kernel at a place."""
+        rivals = [cell for cell in self.at(place) if cell.kind == "dense"]
+        return min(rivals, key=lambda cell: cell.median_seconds)
+
+    def ratio(self, cell: Cell) -> float:
+        """How many times faster than the fastest dense kernel."""
+        return self.dense(cell.place).median_seconds / cell.median_seconds
+
+    def only(self, **values: Iterable[str | int] | None) -> Self:
+        """The cells whose place has one of the given values in each field; None means any."""
+        wanted = {name: set(allowed) for name, allowed in values.items() if allowed is not None}
+        cells = [
+            cell
+            for cell in self.cells
+            if all(getattr(cell.place, name) in allowed for name, allowed in wanted.items())
+        ]
+        return self.model_copy(update={"cells": tuple(cells)})
+
+
+def console_tables(report: KernelReport) -> Iterator[Table]:
+    """One table per shape, routing and number of threads."""
+    for same in _unique((c.place.shape, c.place.routing, c.place.threads) for c in report.cells):
+        shape, routing, threads = same
+        limits = next(limit for limit in report.limits if limit.threads == threads)
+        title = f"{shape}, {routing} routing, {_threads(threads)}; the machine {limits}"
+        table = Table(title=title, title_justify="left")
+        for column in ("tokens", "kernel", "ms", "× dense", "GB/s", "GFLOP/s"):
+            table.add_column(column, justify="left" if column == "kernel" else "right")
+        here = report.only(shape=[shape], routing=[routing], threads=[threads])
+        for place in _unique(cell.place for cell in here.cells):
+            for cell in here.at(place):
+                table.add_row(str(place.tokens), cell.contestant, *_figures(cell, here))
+            table.add_section()
+        yield table
+
+
+def markdown(report: KernelReport) -> str:
+    """The speed over the fastest dense kernel, one line per number of tokens."""
+    names = _unique(cell.contestant for cell in report.cells if cell.kind != "dense")
+    columns = ["layer", "routing", "threads", "tokens", "fastest dense", *names]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for place in _unique(cell.place for cell in report.cells):
+        cells = {cell.contestant: cell for cell in report.at(place)}
+        dense = report.dense(place)
+        found = [f"{report.ratio(cells[n]):.2f}×" if n in cells else "" for n in names]
+        fastest = f"{dense.median_seconds * 1e3:.3g} ms ({dense.contestant})"
+        where = (place.shape, place.routing, str(place.threads), str(place.tokens))
+        lines.append("| " + " | ".join([*where, fastest, *found]) + " |")
+    return "\n".join([*lines, "", _caption(report)])
+
+
+def notes(report: KernelReport) -> Iterator[str]:
+    """What a reader must know before comparing with other machines' figures."""
+    for layer in report.layers:
+        if layer.num_experts < layer.published_experts:
+            yield (
+                f"{layer.shape} with {layer.num_experts} of {layer.published_experts} experts, "
+                f"as many as fit {report.settings.memory_limit / 1e9:.1f} GB"
+            )
+    if "zentorch" not in {cell.contestant for cell in report.cells}:
+        yield "zentorch is not installed, so vLLM's own kernel alone is the baseline"
+
+
+def _caption(report: KernelReport) -> str:
+    found = report.environment
+    names = [n for n in ("torch", "vllm", "zentorch") if n in found.packages]
+    versions = [f"{name} {found.packages[name]}" for name in names]
+    used = {cell.place.threads for cell in report.cells}
+    limits = [
+        f"with {_threads(limit.threads)} {limit}"
+        for limit in report.limits
+        if limit.threads in used
+    ]
+    layer = report.settings.seed
+    parts = [
+        "One MoE layer, median time; × is the speed over the fastest dense kernel in the same run",
+        f"Widths are those of layer {layer} of the energies' spread on the reference MoE",
+        *notes(report),
+        f"{found.cpu} ({report.isa}): {'; '.join(limits)}",
+        ", ".join([*versions, f"commit {found.commit}"]),
+    ]
+    return ". ".join(parts) + "."
+
+
+def _figures(cell: Cell, report: KernelReport) -> list[str]:
+    seconds = cell.median_seconds
+    rates = [f"{amount / seconds / 1e9:.1f}" for amount in (cell.read_bytes, cell.flop)]
+    return [f"{seconds * 1e3:.2f}", f"{report.ratio(cell):.2f}", *rates]
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" + "s" * (count > 1)
+
+
+def _unique(values: Iterable[T]) -> list[T]:
+    return list(dict.fromkeys(values))

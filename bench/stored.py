@@ -1,0 +1,42 @@
+"""What benchmarks keep: where they ran, and their tables in README.md."""
+
+import os
+from typing import Any
+
+import torch
+
+from bench import reference
+from camera_serve.benchmark.environment import Environment
+from camera_serve.errors import CameraError
+
+README = reference.ROOT / "README.md"
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on besides the model: machine, versions, commit."""
+    found = Environment.here(os.environ)
+    return {
+        "cpu": found.cpu,
+        "threads": torch.get_num_threads(),
+        "python": found.python,
+        **{name: found.packages[name] for name in ("camera-serve", "torch", "transformers")},
+        "commit": found.commit,
+    }
+
+
+def put_in_readme(name: str, table: str) -> None:
+    """Put a table between its markers in README.md; raises `CameraError` when it lacks them."""
+    README.write_text(with_table(README.read_text(), name, table))
+
+
+def with_table(readme: str, name: str, table: str) -> str:
+    """README with `table` between the markers `name:start` and `name:end`.
+
+    Raises `CameraError` when it does not have both.
+    """
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    before, found, rest = readme.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise CameraError(f"README.md has no place for this table: put {start} and {end} in it")
+    return f"{before}{start}\n{table}\n{end}{after}"
