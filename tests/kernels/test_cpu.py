@@ -331,7 +331,7 @@ def test_it_is_as_exact_as_vllms_dense_kernel() -> None:
         theirs[case, seed] = error_of(out, wanted)
         ours[case, seed] = error_of(ragged_moe(x, weights, ids, pack_layer(layer)), wanted)
     # Both round the activations and the output to bf16 and nothing else. At which point they round
-    # the activations differs, and with it the error of one token, by 10% (standard deviation): 3%
+    # the activations differs, and with it the error of one token, by 15% (standard deviation): 5%
     # over the seeds. One rounding more would add 20% or more.
     assert (ours.mean(1) <= 1.06 * theirs.mean(1)).all()
     assert ours.mean() <= 1.01 * theirs.mean()

@@ -85,7 +85,9 @@ def pack_layer(layer: RaggedLayer) -> CpuLayer:
     bytes they had, rounded up to 32 micro-experts per expert and tier in down. Raises `KernelError`
     for rows it cannot take and `KernelBuildError` when the kernel cannot be compiled.
     """
-    d_model, group_size = _d_model(layer.tiers[0].gate), _group_size(layer)
+    d_model, group_size = _form(layer.tiers[0].gate).d_model, _group_size(layer)
+    for number, tier in enumerate(layer.tiers):
+        _check_tier(number, tier, layer.num_experts, d_model, group_size)
     tiers = tuple(_pack_tier(tier, d_model, group_size) for tier in layer.tiers)
     return CpuLayer(d_model, group_size, tiers)
 
@@ -202,17 +204,51 @@ def _describe(layer: CpuLayer) -> _Layer:
     return _Layer(num_experts, layer.d_model, layer.group_size, len(tiers), tiers)
 
 
-def _d_model(matrix: Rows) -> int:
-    if isinstance(matrix, PackedRows):
-        return matrix.words.shape[1] * 32 // matrix.bits
-    return matrix.shape[1]
+@dataclass(frozen=True)
+class _Form:
+    """What rows are made of; group_size is None at 16 bits."""
+
+    bits: int
+    rows: int
+    d_model: int
+    group_size: int | None
+
+
+def _form(matrix: Rows) -> _Form:
+    if not isinstance(matrix, PackedRows):
+        rows, d_model = matrix.shape
+        return _Form(16, rows, d_model, None)
+    rows, words = matrix.words.shape
+    d_model = words * 32 // matrix.bits
+    if matrix.scales.shape != matrix.zeros.shape or len(matrix.scales) != rows:
+        raise KernelError(
+            f"{rows} packed rows have scales {list(matrix.scales.shape)} and zeros "
+            f"{list(matrix.zeros.shape)}, wanted [{rows}, groups] for both"
+        )
+    return _Form(matrix.bits, rows, d_model, d_model // max(1, matrix.scales.shape[1]))
 
 
 def _group_size(layer: RaggedLayer) -> int:
-    for tier in layer.tiers:
-        if isinstance(tier.gate, PackedRows):
-            return _d_model(tier.gate) // tier.gate.scales.shape[1]
-    return _d_model(layer.tiers[0].gate)
+    forms = [_form(tier.gate) for tier in layer.tiers]
+    packed = (form.group_size for form in forms if form.group_size is not None)
+    # Without packed tiers nothing is grouped, and any divisor will do.
+    return next(packed, forms[0].d_model)
+
+
+def _check_tier(
+    number: int, tier: RaggedTier[Rows], num_experts: int, d_model: int, group_size: int
+) -> None:
+    rows, bits = tier.offsets[-1], _form(tier.gate).bits
+    wanted = _Form(bits, rows, d_model, None if bits == 16 else group_size)
+    for name in ("gate", "up", "down"):
+        if (found := _form(getattr(tier, name))) != wanted:
+            raise KernelError(f"{name} of tier {number} is {found}, wanted {wanted}")
+    falls = any(end < start for start, end in pairwise(tier.offsets))
+    if len(tier.offsets) != num_experts + 1 or tier.offsets[0] != 0 or falls:
+        raise KernelError(
+            f"offsets of tier {number} are {len(tier.offsets)} from {tier.offsets[0]} to {rows}"
+            f"{', and fall' if falls else ''}; wanted {num_experts + 1} that rise from 0"
+        )
 
 
 def _check_call(
@@ -222,7 +258,8 @@ def _check_call(
         raise KernelError(f"the CPU kernel takes bfloat16 activations, found {x.dtype}")
     if x.dim() != 2 or x.shape[1] != layer.d_model:
         raise KernelError(f"x is {list(x.shape)}, wanted [num_tokens, {layer.d_model}]")
-    if top_k_ids.shape != top_k_weights.shape or top_k_ids.shape[:1] != x.shape[:1]:
+    shapes_fit = top_k_ids.shape == top_k_weights.shape and top_k_ids.shape[:1] == x.shape[:1]
+    if top_k_ids.dim() != 2 or not shapes_fit:
         raise KernelError(
             f"top_k_ids is {list(top_k_ids.shape)} and top_k_weights {list(top_k_weights.shape)}, "
             f"wanted [{len(x)}, top_k] for both"
