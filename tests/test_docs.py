@@ -89,3 +89,15 @@ def test_tables_hold_the_stored_figures() -> None:
     }
     for name, table in tables.items():
         assert stored.with_table(README, name, table) == README, name
+
+
+def test_serving_figures_are_the_stored_ones() -> None:
+    path = ROOT / "bench" / "results" / "serve-qwen3-30b-a3b-4-layers.json"
+    runs = json.loads(path.read_text())["serving"]
+    speed = {
+        (run["model"], run["load"]["concurrency"]): run["output_tokens_per_second"] for run in runs
+    }
+    for load in (1, 16):
+        dense = speed["b-dense", load]
+        gains = [f"{speed[model, load] / dense:.2f}×" for model in ("b-pruned40", "b-bits2")]
+        assert f"| {load} | {dense:.1f} | {' | '.join(gains)} |" in README

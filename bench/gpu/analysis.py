@@ -1,0 +1,124 @@
+"""Energies of one Qwen2-57B-A14B-shaped layer: ours, and by running every expert on every token."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bench.gpu.random_layers import DTYPE, Tokens, ragged_layer, random_tokens
+from bench.shapes import SHAPES, Shape
+from camera_serve.energy import RoutedExpertsMeter, SharedExpertMeter
+from camera_serve.kernels import RaggedTier, dense_rows
+from camera_serve.recipe import TierPlan
+
+SHAPE = "qwen2-57b-a14b"
+WINDOWS, WINDOW = 128, 2048
+ALPHA = 0.95
+AGREEMENT = 5e-2
+"""Energies are sums of squares of values that the other formula rounds to bfloat16."""
+
+
+class DisagreementError(RuntimeError):
+    """The two ways to the energies do not lead to the same: there is nothing to time."""
+
+
+def measure(*, windows: int = WINDOWS, seed: int = 0) -> dict[str, Any]:
+    """Seconds of both on the same layer and tokens, and how far their energies are apart."""
+    shape, device = SHAPES[SHAPE], torch.device("cuda")
+    tier = full_tier(shape, seed, device)
+    shared = shared_expert(shape, device)
+    batch = random_tokens(shape, WINDOW, seed, device, balanced=True)
+    ours, ours_seconds = _timed(lambda: camera_energies(tier, shared, batch, windows))
+    theirs, their_seconds = _timed(lambda: every_expert_on_every_token(tier, batch, windows))
+    difference = float((ours - theirs).norm() / theirs.norm())
+    if not difference <= AGREEMENT:
+        raise DisagreementError(f"energies differ by {difference:.2g}, relative, > {AGREEMENT}")
+    return {
+        "shape": SHAPE,
+        "tokens": windows * WINDOW,
+        "seconds": {
+            "camera-serve, with shared experts": ours_seconds,
+            "every expert": their_seconds,
+        },
+        "ratio": their_seconds / ours_seconds,
+        "relative_difference": difference,
+    }
+
+
+def full_tier(shape: Shape, seed: int, device: torch.device) -> RaggedTier[torch.Tensor]:
+    """All micro-experts of the routed experts, in 16 bits."""
+    (tier,) = ragged_layer(shape, TierPlan.parse("16:1"), seed, device).tiers
+    gate, up, down = (dense_rows(m, slice(None), DTYPE) for m in (tier.gate, tier.up, tier.down))
+    return RaggedTier(gate, up, down, tier.offsets)
+
+
+def shared_expert(shape: Shape, device: torch.device) -> SharedExpertMeter:
+    """The layer's shared expert, random, gated as Qwen2-MoE gates it."""
+    shared = nn.Module()
+    for name, sizes in (
+        ("gate_proj", (shape.d_model, shape.shared_d_ff)),
+        ("up_proj", (shape.d_model, shape.shared_d_ff)),
+        ("down_proj", (shape.shared_d_ff, shape.d_model)),
+    ):
+        linear = nn.Linear(*sizes, bias=False, device=device, dtype=DTYPE)
+        setattr(shared, name, linear)
+    gate = torch.randn(1, shape.d_model, device=device, dtype=DTYPE) * shape.d_model**-0.5
+    return SharedExpertMeter(shared, gate)
+
+
+@torch.inference_mode()
+def camera_energies(
+    tier: RaggedTier[torch.Tensor], shared: SharedExpertMeter, batch: Tokens, windows: int
+) -> torch.Tensor:
+    """Energies of all routed micro-experts as `analyze` measures them, the shared ones beside."""
+    meter = RoutedExpertsMeter(tier, batch.x.device)
+    for _ in range(windows):
+        meter(batch.x, batch.ids, batch.weights)
+        shared(batch.x)
+    shared.sums.energies(shared.shared.down_proj.weight.T, ALPHA)
+    return meter.sums.energies(tier.down, ALPHA)
+
+
+@torch.inference_mode()
+def every_expert_on_every_token(
+    tier: RaggedTier[torch.Tensor], batch: Tokens, windows: int
+) -> torch.Tensor:
+    """Eq. 11 with every expert's activations on all tokens, weighted by 0 where not routed."""
+    num_experts = len(tier.offsets) - 1
+    share = torch.zeros(len(batch.x), num_experts, device=batch.x.device)
+    share.scatter_(1, batch.ids.long(), batch.weights)
+    energies = []
+    for expert in range(num_experts):
+        rows = tier.rows(expert)
+        square_sum: torch.Tensor | float = 0.0
+        square_max = torch.zeros(rows.stop - rows.start, device=batch.x.device)
+        for _ in range(windows):
+            gate = functional.linear(batch.x, tier.gate[rows])
+            up = functional.linear(batch.x, tier.up[rows])
+            phi = functional.silu(gate) * up * share[:, expert, None].to(DTYPE)
+            squares = phi.float().square()
+            square_sum = square_sum + squares.sum(0)
+            square_max = torch.maximum(square_max, squares.amax(0))
+        norms = tier.down[rows].float().norm(dim=1).square()
+        energies.append(((1 - ALPHA) * square_sum + ALPHA * square_max) * norms)
+    return torch.cat(energies).double()
+
+
+def _timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    # The first call chooses and loads kernels.
+    found = run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return found, time.perf_counter() - start
+
+
+def table(result: dict[str, Any]) -> str:
+    """One line each."""
+    times = [f"{name}: {seconds:.2f} s" for name, seconds in result["seconds"].items()]
+    head = f"{result['shape']}, one layer, {result['tokens']} tokens"
+    return "\n".join([head, *times, f"ratio {result['ratio']:.1f}"])

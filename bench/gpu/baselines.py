@@ -1,0 +1,130 @@
+"""The layers ragged ones are compared with, by calling vLLM's kernels on tensors directly."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.gpu.random_layers import DTYPE, GROUP_SIZE, Tokens
+from bench.shapes import Shape
+
+HUMMING_BITS = (2, 3, 4)
+
+Call = Callable[[Tokens], torch.Tensor]
+
+
+@contextmanager
+def vllm_context() -> Iterator[None]:
+    """vLLM's kernels ask for a configuration, and modular ones for a workspace."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.v1.worker.workspace import init_workspace_manager
+
+    with set_current_vllm_config(VllmConfig()):
+        init_workspace_manager(torch.device("cuda", torch.cuda.current_device()))
+        yield
+
+
+def dense_layers(shape: Shape, w13: torch.Tensor, w2: torch.Tensor) -> dict[str, Call]:
+    """vLLM's Triton kernel on w13 `[E, 2·d_ff, d_model]`, w2 `[E, d_model, d_ff]`, and the backend
+    vLLM itself would choose here, where that is another one.
+    """
+    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+    def triton(tokens: Tokens) -> torch.Tensor:
+        return fused_experts(tokens.x, w13, w2, tokens.weights, tokens.ids)
+
+    chosen = _chosen_backend(shape, w13, w2)
+    return {"vllm-triton": triton} | chosen
+
+
+def _chosen_backend(shape: Shape, w13: torch.Tensor, w2: torch.Tensor) -> dict[str, Call]:
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+    config = moe_config(shape, w13.device)
+    backend, experts = unquantized.select_unquantized_moe_backend(config)
+    if backend.name == "TRITON" or experts is None:
+        return {}
+    w1, w2 = unquantized.convert_to_unquantized_kernel_format(
+        backend, moe_config=config, w13_weight=w13, w2_weight=w2
+    )
+    kernel = unquantized.make_unquantized_moe_kernel(
+        FusedMoEQuantConfig.make(), config, backend, experts
+    )
+
+    def call(tokens: Tokens) -> torch.Tensor:
+        return kernel.apply(
+            hidden_states=tokens.x,
+            w1=w1,
+            w2=w2,
+            topk_weights=tokens.weights,
+            topk_ids=tokens.ids,
+            activation=MoEActivation.SILU,
+            global_num_experts=shape.num_experts,
+            expert_map=None,
+            apply_router_weight_on_input=False,
+        )
+
+    return {f"vllm-{backend.name.lower().replace('_', '-')}": call}
+
+
+def moe_config(shape: Shape, device: torch.device) -> Any:
+    """vLLM's description of the layer on one GPU."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import (
+        FusedMoEConfig,
+        FusedMoEParallelConfig,
+        RoutingMethodType,
+    )
+
+    return FusedMoEConfig(
+        num_experts=shape.num_experts,
+        experts_per_token=shape.top_k,
+        hidden_dim=shape.d_model,
+        intermediate_size=shape.d_ff,
+        num_local_experts=shape.num_experts,
+        num_logical_experts=shape.num_experts,
+        activation=MoEActivation.SILU,
+        device=device,
+        routing_method=RoutingMethodType.Renormalize,
+        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+        in_dtype=DTYPE,
+    )
+
+
+def has_humming() -> bool:
+    """Whether vLLM finds the kernels it can use for any few bits."""
+    from vllm.utils.import_utils import has_humming
+
+    return bool(has_humming())
+
+
+def humming_layer(shape: Shape, bits: int, device: torch.device) -> Call:
+    """vLLM's Humming experts at `bits` throughout, random codes, groups of 128."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.quantization import humming
+
+    schema = {
+        "quant_method": "humming",
+        "b_dtype": f"uint{bits}",
+        "weight_scale_group_size": GROUP_SIZE,
+    }
+    quantization = humming.HummingLayerQuantizationConfig.from_config(schema)
+    method = humming.HummingMoEMethod(quantization, moe_config(shape, device))
+    layer: Any = nn.Module()
+    layer.activation = MoEActivation.SILU
+    layer.global_num_experts = shape.num_experts
+    layer.expert_map = None
+    layer._expert_routing_tables = lambda: None
+    with torch.device(device):
+        method.create_weights(layer, shape.num_experts, shape.d_model, shape.d_ff, DTYPE)
+    for parameter in layer.parameters():
+        if parameter.dtype == torch.int32:
+            parameter.data.random_(-(2**31), 2**31)
+        else:
+            parameter.data.fill_(shape.d_model**-0.5)
+    method.process_weights_after_loading(layer)
+    return lambda tokens: method.apply(layer, tokens.x, tokens.weights, tokens.ids, None, None)

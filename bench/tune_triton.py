@@ -1,0 +1,165 @@
+"""Regenerate the Triton kernels' tile sizes on this machine's GPU.
+
+    python -m bench.tune_triton [--shapes qwen3-30b-a3b …] [--seconds 480] [--output FILE]
+
+For each kind of layer and each bound of slots per expert in the present table, one setting after
+another is tried with the values of its grid while the others stay (coordinate descent, two sweeps),
+each judged by the geometric mean of its times over the shapes. Wrong results and settings that do
+not fit the GPU are passed over. Rewrites `camera_serve/kernels/triton/tuned.py`; the table in the
+repository was reasoned for an H200 and not timed, as long as its DEVICE says so.
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from bench.gpu.layers import PLANS, TOLERANCE
+from bench.gpu.random_layers import DTYPE, Tokens, ragged_layer, random_tokens
+from bench.gpu.timing import Run, compare
+from bench.shapes import SHAPES
+from camera_serve.kernels.triton import TritonLayer, pack_layer, ragged_moe
+from camera_serve.kernels.triton import tuned as present
+from camera_serve.kernels.triton.tiles import Tiles
+
+LAYERS = {"dense": "40%", "packed": "2.25 bits"}
+SWEEPS = 2
+GRID: Mapping[str, Sequence[int]] = {
+    "block": (16, 32, 64, 128),
+    "rows": (16, 32, 64, 128),
+    "step": (64, 128, 256),
+    "warps": (4, 8),
+    "stages": (2, 3, 4, 5),
+    "columns": (64, 128, 256),
+    "down_step": (32, 64, 128),
+    "down_warps": (4, 8),
+    "down_stages": (2, 3, 4, 5),
+    "programs": (132, 264, 528, 1056),
+}
+HEADER = (
+    '"""Tile sizes by kind of layer and most slots per expert; '
+    'from `python -m bench.tune_triton`."""'
+)
+
+Table = dict[str, dict[int, dict[str, int]]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A layer, tokens for it, and what it is to answer."""
+
+    layer: TritonLayer
+    inputs: list[Tokens]
+    wanted: torch.Tensor
+
+
+def main() -> int:
+    """Tune until the time is over; what was found by then is written."""
+    options = _parse_options()
+    if not torch.cuda.is_available():
+        print("error: torch sees no CUDA device here: nothing to time", file=sys.stderr)
+        return 1
+    deadline = time.monotonic() + options.seconds
+    table: Table = {kind: dict(rows) for kind, rows in present.TABLE.items()}
+    for kind, bound in _rows(table):
+        if time.monotonic() > deadline:
+            print(f"{kind}, {bound} slots per expert: not tuned, the time is over")
+            continue
+        trials = _trials(options.shapes, kind, bound)
+        best = descend(trials, Tiles(**table[kind][bound]), deadline)
+        table[kind][bound] = asdict(best)
+    write_table(options.output, torch.cuda.get_device_name(), table)
+    print(f"wrote {options.output}")
+    return 0
+
+
+def _parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune_triton")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=("qwen3-30b-a3b",))
+    parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--output", type=Path, default=Path(present.__file__))
+    return parser.parse_args()
+
+
+def _rows(table: Table) -> Iterator[tuple[str, int]]:
+    # The rows of both kinds that few tokens use come first: they matter most for serving.
+    bounds = sorted({bound for rows in table.values() for bound in rows})
+    return ((kind, bound) for bound in bounds for kind in table if bound in table[kind])
+
+
+def _trials(shapes: Sequence[str], kind: str, bound: int) -> list[Trial]:
+    device, trials = torch.device("cuda"), []
+    for name in shapes:
+        shape = SHAPES[name]
+        layer = pack_layer(ragged_layer(shape, PLANS[LAYERS[kind]], 0, device), DTYPE)
+        count = max(1, round(bound * 0.7 * shape.num_experts / shape.top_k))
+        inputs = [random_tokens(shape, count, 0, device, balanced=False) for _ in range(4)]
+        wanted = _run(Trial(layer, inputs, inputs[0].x), Tiles(**present.TABLE[kind][bound]), 0)
+        trials.append(Trial(layer, inputs, wanted.float()))
+    return trials
+
+
+def descend(trials: Sequence[Trial], start: Tiles, deadline: float) -> Tiles:
+    """The best tiles found by changing one setting at a time."""
+    best, score = start, score_of(trials, start)
+    for name, values in list(GRID.items()) * SWEEPS:
+        for value in values:
+            candidate = replace(best, **{name: value})
+            if candidate == best or time.monotonic() > deadline:
+                continue
+            found = score_of(trials, candidate)
+            if found < score:
+                best, score = candidate, found
+                print(f"  {name} = {value}: {score:.1f} us", flush=True)
+    return best
+
+
+def score_of(trials: Sequence[Trial], tiles: Tiles) -> float:
+    """Geometric mean of microseconds; infinite where the tiles do not fit or answer wrongly."""
+    logarithms = []
+    for trial in trials:
+        try:
+            out = _run(trial, tiles, 0).float()
+        except (OutOfResources, PTXASError, CompilationError):
+            return math.inf
+        if not float((out - trial.wanted).norm() / trial.wanted.norm()) <= TOLERANCE:
+            return math.inf
+        timed = compare({"": _rotating(trial, tiles)}, len(trial.inputs))
+        logarithms.append(math.log(timed[""]))
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def _rotating(trial: Trial, tiles: Tiles) -> Run:
+    return lambda which: _run(trial, tiles, which)
+
+
+def _run(trial: Trial, tiles: Tiles, which: int) -> torch.Tensor:
+    tokens = trial.inputs[which]
+    return ragged_moe(tokens.x, tokens.weights, tokens.ids, trial.layer, tiles)
+
+
+def write_table(path: Path, device: str, table: Table) -> None:
+    """Write `tuned.py`, as the formatter leaves it."""
+    lines = [HEADER, "", f'DEVICE = "{device}"', ""]
+    lines.append("TABLE: dict[str, dict[int, dict[str, int]]] = {")
+    for kind, rows in table.items():
+        lines.append(f'    "{kind}": {{')
+        for bound, tiles in rows.items():
+            lines.append(f"        {bound}: {{")
+            lines += [f'            "{name}": {value},' for name, value in tiles.items()]
+            lines.append("        },")
+        lines.append("    },")
+    path.write_text("\n".join([*lines, "}", ""]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
