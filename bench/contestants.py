@@ -18,6 +18,12 @@ from camera_serve.quantize.packing import words_per_row
 from camera_serve.recipe import TierPlan
 
 GROUP_SIZE = 128
+RAW_AND_VLLM_BYTES = 2 + 2
+# zentorch keeps what it is given and, from the first run on, its own copies: 4 bytes a weight
+# beside bf16, which it shares with us, 1 + 2.6 at 8 bits and 0.5 + 2.5 at 4 (measured, 2.13.0.1).
+ZENTORCH_BYTES = 4 + 1 + 2.6 + 0.5 + 2.5
+"""Memory for each weight of the whole layer."""
+
 Kind = Literal["dense", "quantized", "camera"]
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -145,8 +151,8 @@ def fitting(shape: Shape, plans: Sequence[TierPlan], limit: int) -> Shape:
     """
     weights = 3 * shape.d_ff * shape.d_model
     ours = [shape.d_ff * plan_bytes(plan, shape.d_model) for plan in plans]
-    # Raw weights, vLLM's own copy, 8 and 4 bits; while one is packed, its rows lie beside it.
-    stock = weights * (2 + 2 + 1 + 0.5)
+    stock = weights * (RAW_AND_VLLM_BYTES + has_zentorch() * ZENTORCH_BYTES)
+    # While one of ours is packed, its rows lie beside it.
     each = stock + sum(ours) + max(ours, default=0)
     experts = min(shape.num_experts, int(limit / each))
     if experts < shape.top_k:

@@ -15,8 +15,11 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import get_args
 
@@ -117,7 +120,7 @@ def measure(settings: TimingSettings) -> KernelReport:
     shapes = {n: fitting(SHAPES[n], plans, settings.memory_limit) for n in settings.shapes}
     checks = [c for name in shapes for c in check(name, plans, settings.seed)]
     measured = [limits.measure(threads) for threads in settings.threads]
-    cells = [c for name in shapes for c in _time_shape(name, shapes[name], plans, settings)]
+    cells = [cell for name in shapes for cell in _timed_alone(name, shapes[name], settings)]
     return KernelReport(
         environment=Environment.here(os.environ),
         isa=isa(),
@@ -199,22 +202,34 @@ def _tier_in_float64(tier: RaggedTier[Rows]) -> RaggedTier[Rows]:
     return RaggedTier(gate, up, down, tier.offsets)
 
 
-def _time_shape(
-    name: str, shape: Shape, plans: Sequence[TierPlan], settings: TimingSettings
-) -> Iterator[Cell]:
+def _timed_alone(name: str, shape: Shape, settings: TimingSettings) -> list[Cell]:
+    """Time a shape in a process of its own, because zentorch never gives back what it copied."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(time_shape, name, shape, settings).result()
+        except BrokenProcessPool as error:
+            raise CameraError(
+                f"{name}: the process that timed it was killed, most often for memory: lower "
+                f"--memory-limit below {settings.memory_limit / 1e9:.1f}"
+            ) from error
+
+
+def time_shape(name: str, shape: Shape, settings: TimingSettings) -> list[Cell]:
+    """Every cell of one shape, all contestants in memory at once."""
     _say(f"{name}: making {shape.num_experts} experts for every kernel")
+    plans = [TierPlan.parse(plan) for plan in settings.plans]
     generator = torch.Generator().manual_seed(settings.seed)
     rivals = list(contestants(shape, plans, settings.seed, generator))
-    cells = product(settings.threads, settings.routings, settings.tokens)
-    for threads, routing, tokens in cells:
+    found = []
+    for threads, routing, tokens in product(settings.threads, settings.routings, settings.tokens):
         _say(f"{name}: {routing} routing, threads {threads}, tokens {tokens}")
         torch.set_num_threads(threads)
         source = inputs_of(shape, tokens, routing, settings.seed)
         inputs = list(islice(source, ROUNDS * (shape.num_experts // shape.top_k)))
         times = time_in_turn(rivals, inputs, settings.seconds)
         place = Place(shape=name, routing=routing, threads=threads, tokens=tokens)
-        for rival in rivals:
-            yield _cell(place, rival, inputs, times[rival.name])
+        found += [_cell(place, rival, inputs, times[rival.name]) for rival in rivals]
+    return found
 
 
 def _cell(place: Place, rival: Contestant, inputs: Sequence[Inputs], seconds: list[float]) -> Cell:

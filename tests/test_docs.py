@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench import quality, quantization, stored
+from bench.kernel_report import KernelReport, markdown
 from camera_serve.cli import main
 from tests import tiny_models
 from tests.benchmark import fake_vllm
@@ -85,6 +86,7 @@ def test_python_examples_run(names: dict[str, str]) -> None:
 def test_tables_hold_the_stored_figures() -> None:
     tables = {
         "quality": quality.render(quality.stored(quality.RESULTS)),
+        "kernels": markdown(KernelReport.read(ROOT / "bench" / "results" / "kernels-cpu.json")),
         "quantization": quantization.render(json.loads(quantization.RESULTS.read_text())),
     }
     for name, table in tables.items():

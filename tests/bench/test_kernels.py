@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,21 @@ def test_a_run_times_every_kernel_in_every_cell_and_stores_it(
     assert run(monkeypatch, tmp_path, "--readme", "--tokens", "3", "--routing", "even") == 0
     rows = re.findall(r"^\| tiny .*$", readme.read_text(), flags=re.MULTILINE)
     assert len(rows) == 1 and rows[0].startswith("| tiny | even | 1 | 3 | ")
+
+
+def killed(*given: Any) -> None:
+    os._exit(9)
+
+
+def test_a_process_that_is_killed_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.limits.REPEATS", 1)
+    monkeypatch.setattr(kernels, "time_shape", killed)
+    monkeypatch.setattr(kernels, "check", lambda *given: [])
+    assert run(monkeypatch, tmp_path, "--shape", "tiny", "--memory-limit", "1") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: tiny: the process") and "below 1.0" in error
 
 
 @pytest.mark.parametrize("wrong", [1.01, float("nan")])
