@@ -47,36 +47,34 @@ def gate_up(
 
     hidden: `[num_slots, width]`, row by position in `order`, tiers side by side, each from a
     multiple of COLUMN_UNIT on and with zeros up to the next. TIERS: bits and slice length of each
-    tier. `side_by_side` programs share an expert's slots, or tiles when DIRECT, where each program
-    has one slot and finds its tile itself. REPEATED: an expert may have more slots than its
+    tier. `side_by_side` programs share an expert's slots, or its tiles when DIRECT, where each
+    program has one slot. REPEATED: an expert may have more slots than its
     programs take at once.
     """
     program = tl.program_id(0) // side_by_side
     part = tl.program_id(0) % side_by_side
     lanes = tl.arange(0, BLOCK)
-    entry = tile_list + program * 3
+    entry = tile_list + program * 2
     if DIRECT:
         expert, first, last = alone(ids, program, NUM_EXPERTS)
-        tier, row = _find_tile(offsets, expert, part, ROWS, NUM_EXPERTS, len(TIERS))
+        tile = part
     else:
-        expert, tier, row = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        expert, tile = tl.load(entry), tl.load(entry + 1)
         first = tl.load(starts + expert) + part * BLOCK
         last = tl.load(starts + expert + 1)
     if REPEATED:
         for start in tl.range(first, last, side_by_side * BLOCK, disable_licm=True):
             # Read again for every block, or what follows from it would fill registers meanwhile.
-            expert, tier = tl.load(entry, volatile=True), tl.load(entry + 1, volatile=True)
-            row = tl.load(entry + 2, volatile=True)
+            expert, tile = tl.load(entry, volatile=True), tl.load(entry + 1, volatile=True)
             _tile(
-                x, hidden, routing_weights, order, offsets, tensors, expert, tier, row,
-                start + lanes, last, width, TIERS, TOP_K, NUM_EXPERTS, D_MODEL, GROUP_SIZE, BLOCK,
-                ROWS, STEP, DIRECT, PTX,
+                x, hidden, routing_weights, order, offsets, tensors, expert, tile, start + lanes,
+                last, width, TIERS, TOP_K, NUM_EXPERTS, D_MODEL, GROUP_SIZE, BLOCK, ROWS, STEP,
+                DIRECT, PTX,
             )  # fmt: skip
     elif first < last:
         _tile(
-            x, hidden, routing_weights, order, offsets, tensors, expert, tier, row, first + lanes,
-            last, width, TIERS, TOP_K, NUM_EXPERTS, D_MODEL, GROUP_SIZE, BLOCK, ROWS, STEP, DIRECT,
-            PTX,
+            x, hidden, routing_weights, order, offsets, tensors, expert, tile, first + lanes, last,
+            width, TIERS, TOP_K, NUM_EXPERTS, D_MODEL, GROUP_SIZE, BLOCK, ROWS, STEP, DIRECT, PTX,
         )  # fmt: skip
 
 
@@ -89,8 +87,7 @@ def _tile(
     offsets,
     tensors,
     expert,
-    tier,
-    row,
+    tile,
     positions,
     last,
     width,
@@ -105,17 +102,17 @@ def _tile(
     DIRECT: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """One tile for one block of slots."""
+    """One of an expert's tiles for one block of its slots; past the last tile, nothing."""
     inside = positions < last
     slots = positions if DIRECT else tl.load(order + positions, mask=inside, other=0)
-    row = tl.multiple_of(row, ROWS)
     tokens = x + (slots // TOP_K).to(tl.int64)[:, None] * D_MODEL
     column = 0
     for t in tl.static_range(len(TIERS)):
         ends = offsets + t * (NUM_EXPERTS + 1)
         base = tl.load(ends + expert)
         count = (tl.load(ends + expert + 1) - base).to(tl.int32)
-        if tier == t:
+        row = tile * ROWS
+        if (row >= 0) & (row < count):
             if TIERS[t][0] == 16:
                 both = _dense(
                     tokens, inside, tensors[t], base, row, count, BLOCK, ROWS, D_MODEL, STEP
@@ -129,22 +126,8 @@ def _tile(
             share = tl.load(routing_weights + slots, mask=inside, other=0).to(tl.float32)
             places = hidden + positions.to(tl.int64)[:, None] * width + column
             _finish(both, share, places, inside, row, count, BLOCK, ROWS)
+        tile -= tl.cdiv(count, ROWS)
         column += tl.cdiv(count, _COLUMN_UNIT) * _COLUMN_UNIT
-
-
-@triton.jit
-def _find_tile(
-    offsets, expert, tile, ROWS: tl.constexpr, NUM_EXPERTS: tl.constexpr, NUM_TIERS: tl.constexpr
-):
-    """Tier and first micro-expert of one of an expert's tiles; tier -1 past the last."""
-    tier, row = -1, 0
-    for t in tl.static_range(NUM_TIERS):
-        ends = offsets + t * (NUM_EXPERTS + 1) + expert
-        tiles = tl.cdiv((tl.load(ends + 1) - tl.load(ends)).to(tl.int32), ROWS)
-        here = (tile >= 0) & (tile < tiles)
-        tier, row = tl.where(here, t, tier), tl.where(here, tile * ROWS, row)
-        tile -= tiles
-    return tier, row
 
 
 @triton.jit

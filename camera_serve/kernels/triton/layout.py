@@ -46,8 +46,8 @@ class TritonLayer:
     offsets: int64 `[num_tiers, num_experts + 1]`; expert e owns the rows
     `offsets[t, e]:offsets[t, e + 1]` of tier t. most_rows: of any expert in any tier. width:
     columns that hold one token's activations of any expert, each tier's rounded up to
-    `COLUMN_UNIT`. tile_lists: for each of `TILE_ROWS`, int32 `[num_tiles, 3]` of expert, tier and
-    first row of every tile of so many rows.
+    `COLUMN_UNIT`. tile_lists: for each of `TILE_ROWS`, int32 `[num_tiles, 2]` of the expert of
+    every tile of so many rows, and which of its tiles it is, tier after tier.
     """
 
     tiers: tuple[TritonTier, ...]
@@ -85,14 +85,10 @@ def pack_layer(layer: RaggedLayer, dtype: torch.dtype) -> TritonLayer:
 
 
 def _tile_list(counts: torch.Tensor, rows: int) -> torch.Tensor:
-    """counts: micro-experts `[num_tiers, num_experts]`; tiles of an expert lie together."""
-    tiles = [
-        (expert, tier, row)
-        for expert, by_tier in enumerate(counts.t().tolist())
-        for tier, count in enumerate(by_tier)
-        for row in range(0, count, rows)
-    ]
-    return torch.tensor(tiles, dtype=torch.int32).view(-1, 3)
+    """counts: micro-experts `[num_tiers, num_experts]`."""
+    tiles = ((counts + rows - 1) // rows).sum(0).tolist()
+    listed = [(expert, tile) for expert, count in enumerate(tiles) for tile in range(count)]
+    return torch.tensor(listed, dtype=torch.int32).view(-1, 2)
 
 
 def slices_of(bits: int) -> int:
