@@ -38,7 +38,7 @@ struct DownBlock {
 struct DownJob {
   const DownBlock* blocks;
   int64_t num_blocks;
-  int64_t d_model, group_size;
+  int64_t group_size;
   int64_t column;         // the range [column, column + num_columns), multiples of 32
   int64_t num_columns;
   const uint8_t* next;    // as in GateUpJob

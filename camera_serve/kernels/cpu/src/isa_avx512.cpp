@@ -227,44 +227,52 @@ struct PanelTile {
   }
 };
 
-// Sums of one block to the totals: as they are, or scaled and shifted by the group's grid.
+CAMERA_INLINE float* total_at(const PanelTile& tile, int64_t m, int64_t vector) {
+  return tile.totals + m * 2 * kPanelRows + vector * kLanes;
+}
+
 template <int M, int H>
-CAMERA_INLINE void add_to_totals(const PanelTile& tile, const Vec (&sums)[M][2 * H],
-                                 const Grid* grid, int64_t group) {
-  // Rows of 16 bits have no groups.
-  const int64_t groups = grid ? tile.job.shape.groups() : 0;
+CAMERA_INLINE void add_to_totals(const PanelTile& tile, const Vec (&sums)[M][2 * H]) {
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) {
-    Vec x_sum = _mm512_setzero_ps();
-    if (grid)
-      x_sum = _mm512_set1_ps(tile.job.x_sums[tile.job.routed.token[tile.first + m] * groups + group]);
+#pragma GCC unroll 4
+    for (int n = 0; n < 2 * H; ++n) {
+      float* at = total_at(tile, m, n / H * 2 + n % H);
+      _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), sums[m][n]));
+    }
+  }
+}
+
+// A group's sums, scaled and shifted by its grid.
+template <int M, int H>
+CAMERA_INLINE void add_to_totals(const PanelTile& tile, const Vec (&sums)[M][2 * H],
+                                 const Grid& grid, int64_t group) {
+  const int64_t groups = tile.job.shape.groups();
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) {
+    const Vec x_sum =
+        _mm512_set1_ps(tile.job.x_sums[tile.job.routed.token[tile.first + m] * groups + group]);
 #pragma GCC unroll 4
     for (int n = 0; n < 2 * H; ++n) {
       const int vector = n / H * 2 + n % H;
-      float* at = tile.totals + m * 2 * kPanelRows + vector * kLanes;
-      Vec total = _mm512_loadu_ps(at);
-      if (grid) {
-        total = _mm512_fmadd_ps(sums[m][n], grid->scale[vector], total);
-        total = _mm512_fmadd_ps(x_sum, grid->zero[vector], total);
-      } else {
-        total = _mm512_add_ps(total, sums[m][n]);
-      }
+      float* at = total_at(tile, m, vector);
+      Vec total = _mm512_fmadd_ps(sums[m][n], grid.scale[vector], _mm512_loadu_ps(at));
+      total = _mm512_fmadd_ps(x_sum, grid.zero[vector], total);
       _mm512_storeu_ps(at, total);
     }
   }
 }
 
 template <int M, int H, bool kFull>
-void panel_tile(const PanelTile& tile, int64_t k, const Streams& weights, const Grid* grid,
-                int64_t group) {
+void panel_tile(const PanelTile& tile, int64_t k, const Streams& weights) {
   const uint16_t* a[M];
   tile.rows_of_x(k, a);
   Vec sums[M][2 * H] = {};
   multiply<M, 2, H, kFull>(a, weights, sums);
-  add_to_totals<M, H>(tile, sums, grid, group);
+  add_to_totals<M, H>(tile, sums);
 }
 
-using PanelFunction = void (*)(const PanelTile&, int64_t, const Streams&, const Grid*, int64_t);
+using PanelFunction = void (*)(const PanelTile&, int64_t, const Streams&);
 
 template <int H, bool kFull>
 constexpr PanelFunction kPanelTiles[kTile + 1] = {
@@ -283,13 +291,12 @@ CAMERA_INLINE int64_t tile_size(int64_t count, int64_t most) {
 }
 
 CAMERA_INLINE void panel_tiles(const GateUpJob& job, const PanelFunction* tiles, int64_t k,
-                               Streams weights, const FetchPlan* plan, const Grid* grid,
-                               int64_t group, float* totals) {
+                               Streams weights, const FetchPlan& plan, float* totals) {
   const int64_t size = tile_size(job.routed.count, kTile);
   for (int64_t first = 0; first < job.routed.count; first += size) {
     const int64_t left = job.routed.count - first, count = left < size ? left : size;
-    if (plan) plan->apply(first / size, weights);
-    tiles[count]({job, first, count, totals + first * 2 * kPanelRows}, k, weights, grid, group);
+    plan.apply(first / size, weights);
+    tiles[count]({job, first, count, totals + first * 2 * kPanelRows}, k, weights);
   }
 }
 
@@ -309,12 +316,12 @@ void gate_up_16(const GateUpJob& job, float* totals) {
     const int64_t bytes = size / 2 * pair_bytes;
     const FetchPlan plan{num_tiles, is_last ? job.next : weights + bytes,
                          ceil_div(is_last && job.next_bytes < bytes ? job.next_bytes : bytes, 64)};
-    panel_tiles(job, tiles, k, streams, &plan, nullptr, 0, totals);
+    panel_tiles(job, tiles, k, streams, plan, totals);
   }
 }
 
 template <int kBits, int M, int H>
-void codes_tile(const PanelTile& tile, int64_t k, const uint8_t* unit, const Grid* grid,
+void codes_tile(const PanelTile& tile, int64_t k, const uint8_t* unit, const Grid& grid,
                  int64_t group) {
   const Codes<kBits> codes;
   const int64_t rows = tile.job.shape.rows;
@@ -332,7 +339,7 @@ void codes_tile(const PanelTile& tile, int64_t k, const uint8_t* unit, const Gri
   add_to_totals<M, H>(tile, sums, grid, group);
 }
 
-using CodesFunction = void (*)(const PanelTile&, int64_t, const uint8_t*, const Grid*, int64_t);
+using CodesFunction = void (*)(const PanelTile&, int64_t, const uint8_t*, const Grid&, int64_t);
 
 template <int kBits, int H>
 constexpr CodesFunction kCodesTiles[kTile + 1] = {
@@ -358,7 +365,7 @@ void gate_up_codes(const GateUpJob& job, float* totals) {
     for (int64_t first = 0; first < job.routed.count; first += size) {
       const int64_t left = job.routed.count - first, count = left < size ? left : size;
       tiles[count]({job, first, count, totals + first * 2 * kPanelRows},
-                   group * job.shape.group_size, from + 8 * rows, &grid, group);
+                   group * job.shape.group_size, from + 8 * rows, grid, group);
     }
   }
 }

@@ -270,7 +270,6 @@ class Run {
     DownJob job{};
     job.blocks = expert.down.data();
     job.num_blocks = static_cast<int64_t>(expert.down.size());
-    job.d_model = layer_.d_model;
     job.group_size = layer_.group_size;
     job.column = column;
     job.num_columns = columns_;
