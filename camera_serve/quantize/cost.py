@@ -10,7 +10,7 @@ import torch
 from camera_serve.quantize.gptq import (
     BLOCK,
     Solution,
-    inverse_factor,
+    feedback_of,
     solve_along_columns,
     solve_along_rows,
 )
@@ -121,7 +121,7 @@ def _weights(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
 def _factor_seconds(columns: int, device: torch.device) -> float:
     timed = min(columns, TIMED_COLUMNS)
     hessians = torch.eye(timed, device=device)[None]
-    return _seconds(lambda: inverse_factor(hessians)[0]) * (columns / timed) ** 3
+    return _seconds(lambda: feedback_of(hessians).factor) * (columns / timed) ** 3
 
 
 def _seconds(run: Callable[[], Solution | torch.Tensor]) -> float:

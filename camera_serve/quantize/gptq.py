@@ -4,7 +4,7 @@ The loop is that of Frantar et al. (arXiv 2210.17323, Algorithm 1), batched over
 quantizes one column of every matrix and spreads its error over the columns still to come.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,9 @@ import torch
 from camera_serve.quantize.grid import Grid, fit_grid
 
 BLOCK = 128
-"""Columns whose mutual updates are applied at once, before the rest of the matrix is touched."""
+INNER_BLOCK = 32
+"""Columns whose mutual updates are applied at once, before the rest of the matrix or of the block
+is touched."""
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to a Hessian before it is inverted, as AutoGPTQ does."""
@@ -39,44 +41,52 @@ QuantizeColumn = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor,
 """`(column, weights [batch, rows], rest of the block) -> (codes, dequantized)`, both as weights."""
 
 
-def inverse_factor(
-    hessians: torch.Tensor, widths: Sequence[int] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The upper Cholesky factor of the damped inverse Hessians, and which columns are dead.
+@dataclass(frozen=True)
+class Feedback:
+    """How the error of each column is spread over the columns after it.
 
-    hessians: float32 `[batch, columns, columns]`, Σ x·xᵀ; widths: columns of each that are no
-    padding. A column whose diagonal is 0 saw no input: its diagonal becomes 1 and its weights may
-    be set to 0, as in AutoGPTQ. A Hessian that stays indefinite in float32 is damped ten times
-    more, and rounded to nearest (identity) if nothing helps.
+    factor: float32 `[batch, columns, columns]`, upper with a unit diagonal: column j makes up for
+    what column i lost with `factor[i, j]` of it; pivots: `[batch, columns]`, the loss per squared
+    error that the columns after it cannot make up for; dead: `[batch, columns]`, saw no input.
     """
-    hessians = hessians.clone()
-    diagonal = hessians.diagonal(dim1=1, dim2=2)
+
+    factor: torch.Tensor
+    pivots: torch.Tensor
+    dead: torch.Tensor
+
+
+def feedback_of(hessians: torch.Tensor, widths: Sequence[int] | None = None) -> Feedback:
+    """The factors U of damped Hessians U·diag(pivots)·Uᵀ, one Cholesky factorization each.
+
+    GPTQ without an inverse (Chee et al., arXiv 2307.13304, Theorem 6). hessians: float32
+    `[batch, columns, columns]`, Σ x·xᵀ; widths: columns of each that are no padding. A column whose
+    diagonal is 0 saw no input: its diagonal becomes 1 and its weights may be set to 0, as in
+    AutoGPTQ. A Hessian that stays indefinite in float32 is damped ten times more, and rounded to
+    nearest (identity) if nothing helps.
+    """
+    # Factored from the last column back, or the factor would be a lower one.
+    backward = hessians.flip(1, 2)
+    diagonal = backward.diagonal(dim1=1, dim2=2)
     dead = diagonal == 0
     diagonal[dead] = 1
     own = widths or [hessians.shape[1]] * len(hessians)
-    mean = torch.stack([d[:width].mean() for d, width in zip(diagonal, own, strict=True)])
+    mean = torch.stack([d[-width:].mean() for d, width in zip(diagonal, own, strict=True)])
     damping = DAMPING * mean
     diagonal += damping[:, None]
-    factor, failed = _upper_factor(hessians)
+    factor, failed = torch.linalg.cholesky_ex(backward)
     for _ in range(RETRIES):
         if not failed.any():
-            return factor, dead
+            break
         # Or two factors would be held at once.
         del factor
         damping = 10 * damping
-        diagonal += torch.where(failed, damping, torch.zeros_like(damping))[:, None]
-        factor, failed = _upper_factor(hessians)
-    identity = torch.eye(hessians.shape[1], device=hessians.device)
-    return torch.where(failed[:, None, None], identity, factor), dead
-
-
-def _upper_factor(hessians: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factor of each inverse, and which could not be computed."""
-    # One name for all three, so that each is given up for the next: they are as large as Hessians.
-    factor, first = torch.linalg.cholesky_ex(hessians)
-    factor = torch.cholesky_inverse(factor)
-    factor, second = torch.linalg.cholesky_ex(factor, upper=True)
-    return factor, (first > 0) | (second > 0)
+        diagonal += torch.where(failed > 0, damping, torch.zeros_like(damping))[:, None]
+        factor, failed = torch.linalg.cholesky_ex(backward)
+    del backward, diagonal
+    factor[failed > 0] = torch.eye(len(factor[0])).to(factor)
+    roots = factor.diagonal(dim1=1, dim2=2).clone()
+    factor /= roots[:, None]
+    return Feedback(factor.flip(1, 2), roots.square().flip(1), dead.flip(1))
 
 
 def solve_along_columns(
@@ -91,7 +101,8 @@ def solve_along_columns(
     weights: float32 `[batch, rows, columns]`; hessians: `[batch, columns, columns]`; levels:
     `[batch, rows]`, the highest code of each row. scale, zero: `[batch, rows, groups]`.
     """
-    factor, dead = inverse_factor(hessians)
+    feedback = feedback_of(hessians)
+    weights = weights.masked_fill(feedback.dead[:, None], 0)
     grids: list[Grid] = []
 
     def quantize(
@@ -99,13 +110,14 @@ def solve_along_columns(
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if column % group_size == 0:
             span = slice(column, column + group_size)
-            importance = factor.diagonal(dim1=1, dim2=2)[:, span].square().reciprocal()
-            grids.append(fit(group[:, :, None], levels[..., None], importance[:, None, None]))
+            best = _made_up(weights[..., span], group.transpose(1, 2), feedback, span)
+            importance = feedback.pivots[:, None, None, span]
+            grids.append(fit(best[:, :, None], levels[..., None], importance))
         codes = grids[-1].encode(values[..., None, None])
         decoded = grids[-1].decode(codes)
         return codes[..., 0, 0], decoded[..., 0, 0]
 
-    codes, dequantized = _columns(weights, factor, dead, quantize, group_size)
+    codes, dequantized = _columns(weights, feedback, quantize, group_size)
     scale = torch.cat([grid.scale for grid in grids], dim=-1)
     zero = torch.cat([grid.zero for grid in grids], dim=-1)
     return Solution(codes, dequantized, scale, zero)
@@ -124,7 +136,8 @@ def solve_along_rows(
     `[batch, rows, columns]`; hessians: `[batch, columns, columns]`; levels: `[batch, columns]`;
     widths: columns of each matrix that are no padding. scale, zero: `[batch, columns, groups]`.
     """
-    factor, dead = inverse_factor(hessians, widths)
+    feedback = feedback_of(hessians, widths)
+    weights = weights.masked_fill(feedback.dead[:, None], 0)
     grids: list[Grid] = []
     equal = weights.new_ones(1)
 
@@ -136,42 +149,61 @@ def solve_along_rows(
         codes = grids[-1].encode(groups)
         return codes.flatten(1), grids[-1].decode(codes).flatten(1)
 
-    codes, dequantized = _columns(weights, factor, dead, quantize, BLOCK)
+    codes, dequantized = _columns(weights, feedback, quantize, BLOCK)
     scale = torch.stack([grid.scale for grid in grids], dim=1)
     zero = torch.stack([grid.zero for grid in grids], dim=1)
     return Solution(codes, dequantized, scale, zero)
 
 
+def _made_up(
+    original: torch.Tensor, fed: torch.Tensor, feedback: Feedback, span: slice
+) -> torch.Tensor:
+    """The best real weights of the columns `span`, all columns before them being quantized.
+
+    original, fed: `[batch, rows, columns]`, without and with the feedback of the columns before.
+    That feedback is meant for a column whose predecessors are all quantized; what the columns of
+    `span` would feed each other is still in it.
+    """
+    between = feedback.factor[:, span, span]
+    alone = torch.eye(between.shape[1]).to(between).expand_as(between)
+    inverse = torch.linalg.solve_triangular(between, alone, upper=True, unitriangular=True)
+    return torch.baddbmm(original, fed - original, inverse)
+
+
 def _columns(
-    weights: torch.Tensor,
-    factor: torch.Tensor,
-    dead: torch.Tensor,
-    quantize: QuantizeColumn,
-    group_size: int,
+    weights: torch.Tensor, feedback: Feedback, quantize: QuantizeColumn, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The column loop: `[batch, rows, columns]` to codes and dequantized weights of that shape.
 
-    Columns lie outermost while it runs, so that every step reads and writes contiguous memory.
+    Each matrix is transposed while it runs, so that a column is contiguous.
     """
-    rest = weights.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
-    rest.masked_fill_(dead.T[..., None], 0)
+    original = weights.transpose(1, 2)
+    rest = original.clone(memory_format=torch.contiguous_format)
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
-    for start in range(0, len(rest), BLOCK):
-        block = rest[start : start + BLOCK]
-        local = (
-            factor[:, start : start + BLOCK, start : start + BLOCK].permute(1, 2, 0).contiguous()
-        )
-        errors = torch.empty_like(block)
-        for index, values in enumerate(block):
-            column = start + index
-            group = rest[column : column + group_size].permute(1, 2, 0)
-            code, decoded = quantize(column, values, group)
-            errors[index] = (values - decoded) / local[index, index][:, None]
-            block[index + 1 :].addcmul_(
-                local[index, index + 1 :][..., None], errors[index], value=-1
-            )
-            values.copy_(decoded)
-            codes[column] = code.to(torch.uint8)
-        later = factor[:, start : start + BLOCK, start + BLOCK :]
-        rest[start + BLOCK :] -= torch.einsum("ibr,bij->jbr", errors, later)
-    return codes.permute(1, 2, 0), rest.permute(1, 2, 0)
+    for start, end in _blocks(0, rest.shape[1], BLOCK):
+        # Holds the weights of the block, and as each is quantized, what was lost of it.
+        losses = original[:, start:end].clone(memory_format=torch.contiguous_format)
+        for first, last in _blocks(start, end, INNER_BLOCK):
+            for column in range(first, last):
+                values = rest[:, column]
+                code, decoded = quantize(column, values, rest[:, column : column + group_size])
+                loss = losses[:, column - start].sub_(decoded)
+                share = feedback.factor[:, column, column + 1 : last, None]
+                rest[:, column + 1 : last].addcmul_(share, loss[:, None])
+                values.copy_(decoded)
+                codes[:, column] = code.to(torch.uint8)
+            _spread(losses[:, first - start : last - start], feedback, rest, first, (last, end))
+        _spread(losses, feedback, rest, start, (end, rest.shape[1]))
+    return codes.transpose(1, 2), rest.transpose(1, 2)
+
+
+def _blocks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((first, min(first + size, end)) for first in range(start, end, size))
+
+
+def _spread(
+    losses: torch.Tensor, feedback: Feedback, rest: torch.Tensor, first: int, later: tuple[int, int]
+) -> None:
+    """Let the columns `later` make up for the losses of the columns from `first` on."""
+    share = feedback.factor[:, first : first + losses.shape[1], slice(*later)]
+    rest[:, slice(*later)].baddbmm_(share.transpose(1, 2), losses)

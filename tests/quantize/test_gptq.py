@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from camera_serve.quantize.gptq import inverse_factor, solve_along_columns, solve_along_rows
+from camera_serve.quantize.gptq import feedback_of, solve_along_columns, solve_along_rows
 from camera_serve.quantize.grid import Grid, fit_grid
 
 ORACLE = Path(sys.prefix) / "oracle" / "auto_gptq" / "quantization"
@@ -66,9 +66,9 @@ def test_it_reproduces_auto_gptq(
     levels = torch.full(weights.shape[:2], 2.0**bits - 1)
     ours = solve_along_columns(weights, hessians, levels, 128, integer_zero).dequantized
     # Equal but for the order of float32 sums; a weight at a rounding border may take the other
-    # code, and moves its later neighbours.
+    # code, and moves its later neighbours in its row: one row in 144 is let off.
     differs = (ours - torch.stack(wanted)).abs() > 1e-5
-    assert differs.float().mean() < 1e-3
+    assert differs.any(-1).sum() <= 1
 
 
 def loss(weights: torch.Tensor, ours: torch.Tensor, hessians: torch.Tensor) -> float:
@@ -143,7 +143,7 @@ def test_a_batch_gives_what_each_matrix_gives_alone() -> None:
 
 def test_dead_columns_become_zero_and_harm_nothing() -> None:
     weights, hessians = problem("dead columns")
-    _, dead = inverse_factor(hessians)
+    dead = feedback_of(hessians).dead
     assert dead[:, ::7].all() and dead.sum() == 3 * len(range(0, 256, 7))
     levels = torch.full(weights.shape[:2], 3.0)
     solved = solve_along_columns(weights, hessians, levels, 128)
@@ -156,8 +156,8 @@ def test_an_indefinite_hessian_is_damped_until_it_can_be_solved() -> None:
     bad[0, 1] = bad[1, 0] = 3.0
     hopeless = torch.eye(64)
     hopeless[0, 1] = hopeless[1, 0] = 1e4
-    factor, _ = inverse_factor(torch.stack([good, bad, hopeless]))
+    factor = feedback_of(torch.stack([good, bad, hopeless])).factor
     assert factor.isfinite().all()
-    assert factor[0].equal(inverse_factor(good[None])[0][0])
+    assert factor[0].equal(feedback_of(good[None]).factor[0])
     assert factor[2].equal(torch.eye(64))
     assert not factor[1].equal(torch.eye(64))
