@@ -4,6 +4,7 @@ python -m bench.demo [--model FOLDER] [--prune 0.4]
 """
 
 import argparse
+import math
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench import reference
-from bench.perplexity import load_model, score, windows_of
+from bench.perplexity import likelihood, load_model, windows_of
 from camera_serve.benchmark.process import termination_as_exit
 from camera_serve.benchmark.server import served
 from camera_serve.checkpoint.reader import Checkpoint
@@ -92,7 +93,8 @@ def observe(name: str, model: Path) -> Outcome:
     _say(name, "perplexity on the held-out texts")
     loaded = load_model(model)
     perplexities = tuple(
-        score(loaded, windows_of(model, text)).perplexity for text in reference.HELDOUT.values()
+        math.exp(likelihood(loaded, windows_of(model, text)).mean)
+        for text in reference.HELDOUT.values()
     )
     _say(name, f"vllm serve {model}")
     with served(model) as server:

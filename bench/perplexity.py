@@ -1,6 +1,6 @@
-"""Perplexity over windows of a text, and paired comparisons of two models on the same windows."""
+"""Perplexity and divergence over windows of a text, and paired comparisons on the same windows."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,22 +16,26 @@ WINDOW = 2048
 
 @dataclass(frozen=True)
 class Score:
-    """Summed negative log-likelihoods `[num_windows]` float64 and predicted tokens per window."""
+    """What a model's predictions of a text cost, in nats.
 
-    nll: torch.Tensor
+    total: float64 `[num_windows]`, summed over the predicted tokens of each window; tokens:
+    `[num_windows]`, how many those are.
+    """
+
+    total: torch.Tensor
     tokens: torch.Tensor
 
     @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood over all predicted tokens."""
-        return math.exp(float(self.nll.sum() / self.tokens.sum()))
+    def mean(self) -> float:
+        """Nats per predicted token, over all windows."""
+        return float(self.total.sum() / self.tokens.sum())
 
-    def log_ratio(self, other: "Score") -> tuple[float, float]:
-        """log(perplexity / other's perplexity) and its standard error, paired over windows.
+    def difference(self, other: "Score") -> tuple[float, float]:
+        """How far this mean is above another's, and its standard error, paired over windows.
 
         The error is that of a ratio estimator: windows are the sampling units, tokens the weights.
         """
-        difference = self.nll - other.nll
+        difference = self.total - other.total
         total = self.tokens.sum()
         mean = difference.sum() / total
         residual = difference - mean * self.tokens
@@ -55,11 +59,40 @@ def windows_of(path: Path, text: Path) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, windows: list[torch.Tensor]) -> Score:
-    """Run every window on its own; the first token of a window has no prediction."""
-    nll, tokens = [], []
-    for window in windows:
-        logits = model(window, use_cache=False).logits[0, :-1]
-        nll.append(functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
-        tokens.append(window.shape[1] - 1)
-    return Score(torch.stack(nll).double(), torch.tensor(tokens, dtype=torch.float64))
+def likelihood(model: PreTrainedModel, windows: list[torch.Tensor]) -> Score:
+    """Negative log-likelihood: perplexity is exp of its mean, a difference of two the log ratio.
+
+    Every window is run on its own; its first token has no prediction.
+    """
+    return _score(windows, lambda window: _cross_entropy(_logits(model, window), window[0, 1:]))
+
+
+@torch.inference_mode()
+def divergence(
+    model: PreTrainedModel, dense: PreTrainedModel, windows: list[torch.Tensor]
+) -> Score:
+    """KL divergence of the model's predictions from the dense model's, at the same positions.
+
+    Unlike perplexity it cannot fall by losing what the dense model had learned wrongly.
+    """
+    return _score(windows, lambda w: _divergence(_logits(model, w), _logits(dense, w)))
+
+
+def _score(windows: list[torch.Tensor], total: Callable[[torch.Tensor], torch.Tensor]) -> Score:
+    tokens = [window.shape[1] - 1 for window in windows]
+    totals = torch.stack([total(window) for window in windows]).double()
+    return Score(totals, torch.tensor(tokens, dtype=torch.float64))
+
+
+def _logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(window, use_cache=False).logits[0, :-1]
+    return logits
+
+
+def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits, wanted, reduction="sum")
+
+
+def _divergence(logits: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    ours, theirs = logits.log_softmax(-1), dense.log_softmax(-1)
+    return functional.kl_div(ours, theirs, reduction="sum", log_target=True)

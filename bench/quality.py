@@ -23,7 +23,7 @@ from rich.markdown import Markdown
 from transformers import PreTrainedModel
 
 from bench import reference
-from bench.perplexity import WINDOW, Score, load_model, score, windows_of
+from bench.perplexity import WINDOW, Score, likelihood, load_model, windows_of
 from bench.removal import random_scores, removed, weight_norms
 from bench.stored import environment, put_in_readme
 from camera_serve import compress
@@ -114,7 +114,7 @@ def _measure_recipe(bench: Bench, recipe: Recipe) -> Iterator[dict[str, Any]]:
         _say(f"λ = {fraction:.0%}, {method}" + ("" if seed is None else f", seed {seed}"))
         for name, found in scores.items():
             row = _row(method, fraction, name, found, bench)
-            mean, error = found.log_ratio(camera[name])
+            mean, error = found.difference(camera[name])
             yield {
                 **row,
                 "seed": seed,
@@ -142,16 +142,16 @@ def _baselines(bench: Bench, counts: list[int]) -> Iterator[tuple[str, int | Non
 
 
 def _score_all(model: PreTrainedModel, windows: Windows) -> Scores:
-    return {name: score(model, found) for name, found in windows.items()}
+    return {name: likelihood(model, found) for name, found in windows.items()}
 
 
 def _row(method: str, fraction: float, text: str, found: Score, bench: Bench) -> dict[str, Any]:
-    mean, error = found.log_ratio(bench.dense[text])
+    mean, error = found.difference(bench.dense[text])
     return {
         "method": method,
         "fraction": fraction,
         "text": text,
-        "perplexity": found.perplexity,
+        "perplexity": math.exp(found.mean),
         "log_ratio_to_dense": mean,
         "log_ratio_to_dense_se": error,
     }

@@ -1,4 +1,4 @@
-"""Held-out perplexity of CAMERA-Q against its ablations, at equal bits, on the reference MoE.
+"""What CAMERA-Q costs on held-out text, against its ablations at equal bits, on the reference MoE.
 
     python -m bench.quantization
     python -m bench.quantization --readme
@@ -10,8 +10,10 @@ grouping of down_proj, and pruning and quantizing in one pass. The first measure
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,14 @@ from rich.table import Table
 
 from bench import reference
 from bench.ablations import ablated, down_along_micro_experts, sliced_by_input
-from bench.perplexity import Score, load_model, score, windows_of
+from bench.perplexity import Score, divergence, likelihood, load_model, windows_of
 from bench.stored import environment, put_in_readme
 from camera_serve import Calibration, Recipe, TierPlan, compress
 from camera_serve.checkpoint.reader import Checkpoint
 from converters.dense import convert_to_dense
 
 RESULTS = reference.ROOT / "bench" / "results" / "quantization-reference-moe.json"
+RESULT_VERSION = 2
 BASE = "CAMERA-Q, r = 0.2"
 PLANS = {
     **{f"CAMERA-Q, r = {r:g}": str(TierPlan.mixed(2, r)) for r in (0.1, 0.2, 0.3, 0.4, 0.5)},
@@ -38,7 +41,17 @@ PLANS = {
     "pruned by 40% and quantized": "4:0.3,3:0.3,0:0.4",
     "pruned only, to the same bytes": "16:0.140625,0:0.859375",
 }
-Scores = dict[str, Score]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs on one text: its likelihood, and how far it is from the dense model."""
+
+    likelihood: Score
+    divergence: Score
+
+
+Costs = dict[str, Cost]
 
 
 def main() -> None:
@@ -57,20 +70,27 @@ def main() -> None:
     calibration = Calibration(source=str(reference.CALIBRATION), samples=options.samples)
     windows = {name: windows_of(options.model, text) for name, text in reference.HELDOUT.items()}
 
-    def measured(model: Any) -> Scores:
-        return {name: score(model, found) for name, found in windows.items()}
+    dense = load_model(options.model)
 
-    scores: dict[str, Scores] = {}
+    def measured(model: Any) -> Costs:
+        return {
+            name: Cost(likelihood(model, found), divergence(model, dense, found))
+            for name, found in windows.items()
+        }
+
+    costs: dict[str, Costs] = {}
     bits: dict[str, float] = {}
     for name, found, per_weight in _methods(options.model, calibration, measured):
-        scores[name], bits[name] = found, per_weight
-        print(f"{name}: " + ", ".join(f"{s.perplexity:.3f}" for s in found.values()), flush=True)
-    rows = [_row(name, scores, bits[name]) for name in scores]
+        costs[name], bits[name] = found, per_weight
+        print(f"{name}: " + ", ".join(map(_brief, found.values())), flush=True)
+    rows = [_row(name, costs, bits[name]) for name in costs]
     result = {
-        "version": 1,
+        "version": RESULT_VERSION,
         "environment": environment(),
         "samples": options.samples,
-        "tokens": {name: int(s.tokens.sum()) for name, s in scores["dense"].items()},
+        "tokens": {
+            name: int(cost.likelihood.tokens.sum()) for name, cost in costs["dense"].items()
+        },
         "rows": rows,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +99,8 @@ def main() -> None:
 
 
 def _methods(
-    model: Path, calibration: Calibration, measured: Callable[[Any], Scores]
-) -> Iterator[tuple[str, Scores, float]]:
+    model: Path, calibration: Calibration, measured: Callable[[Any], Costs]
+) -> Iterator[tuple[str, Costs, float]]:
     yield "dense", measured(load_model(model)), 16.0
     for name, plan in PLANS.items():
         with tempfile.TemporaryDirectory(prefix="camera-quantization-") as folder:
@@ -102,29 +122,44 @@ def _bits_per_weight(model: Path, packed: Path) -> float:
     return 16 * after.expert_bytes / before.expert_bytes
 
 
-def _row(name: str, scores: dict[str, Scores], bits: float) -> dict[str, Any]:
-    texts = {}
-    for text, found in scores[name].items():
-        mean, error = found.log_ratio(scores[BASE][text])
-        texts[text] = {
-            "perplexity": found.perplexity,
-            "log_ratio_to_base": mean,
-            "log_ratio_to_base_se": error,
-        }
+def _brief(cost: Cost) -> str:
+    return f"{math.exp(cost.likelihood.mean):.3f} ({cost.divergence.mean:.4f} nats)"
+
+
+def _row(name: str, costs: dict[str, Costs], bits: float) -> dict[str, Any]:
+    texts = {text: _figures(cost, costs[BASE][text]) for text, cost in costs[name].items()}
     return {"method": name, "bits_per_weight": bits, "base": BASE, "texts": texts}
 
 
-def _cell(text: dict[str, float]) -> str:
+def _figures(cost: Cost, base: Cost) -> dict[str, float]:
+    log_ratio, log_ratio_error = cost.likelihood.difference(base.likelihood)
+    above, above_error = cost.divergence.difference(base.divergence)
+    return {
+        "perplexity": math.exp(cost.likelihood.mean),
+        "log_ratio_to_base": log_ratio,
+        "log_ratio_to_base_se": log_ratio_error,
+        "divergence": cost.divergence.mean,
+        "divergence_above_base": above,
+        "divergence_above_base_se": above_error,
+    }
+
+
+def _cells(text: dict[str, float]) -> tuple[str, str]:
     change = f"{text['log_ratio_to_base']:+.2%} ± {text['log_ratio_to_base_se']:.2%}"
-    return f"{text['perplexity']:.2f} ({change})"
+    above = f"{text['divergence_above_base']:+.4f} ± {text['divergence_above_base_se']:.4f}"
+    return f"{text['perplexity']:.2f} ({change})", f"{text['divergence']:.4f} ({above})"
 
 
 def render(result: dict[str, Any]) -> str:
     """The stored figures as a Markdown table, one line per method."""
     texts = list(result["tokens"])
-    lines = [f"| method | bits per weight | {' | '.join(texts)} |", "|---" * (len(texts) + 2) + "|"]
+    columns = [f"{text}, {what}" for text in texts for what in ("perplexity", "divergence")]
+    lines = [
+        f"| method | bits per weight | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
     for row in result["rows"]:
-        cells = [_cell(row["texts"][text]) for text in texts]
+        cells = [cell for text in texts for cell in _cells(row["texts"][text])]
         lines.append(f"| {row['method']} | {row['bits_per_weight']:.2f} | {' | '.join(cells)} |")
     tokens = ", ".join(f"{count:,} tokens of {text}" for text, count in result["tokens"].items())
     found = result["environment"]
@@ -133,16 +168,19 @@ def render(result: dict[str, Any]) -> str:
             *lines,
             "",
             f"Perplexity of `bench/reference_moe/model` ({tokens}; {result['samples']} calibration "
-            f"windows); in brackets the change against {BASE} with its paired standard error. "
+            f"windows), and the divergence (KL, nats per token) of its predictions from the dense "
+            f"model's; in brackets the change against {BASE} with its paired standard error. "
             f"{found['cpu']}, torch {found['torch']}, transformers {found['transformers']}.",
         ]
     )
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table("method", "bits", *(f"{text}" for text in rows[0]["texts"]))
+    texts = rows[0]["texts"]
+    columns = [f"{text}, {what}" for text in texts for what in ("perplexity", "divergence")]
+    table = Table("method", "bits", *columns)
     for row in rows:
-        cells = [_cell(text) for text in row["texts"].values()]
+        cells = [cell for text in row["texts"].values() for cell in _cells(text)]
         table.add_row(row["method"], f"{row['bits_per_weight']:.2f}", *cells)
     Console().print(table)
 

@@ -5,6 +5,7 @@ Perplexity on both held-out texts, dense and with random micro-experts zeroed, a
 
 import argparse
 import json
+import math
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from bench.perplexity import load_model, score, windows_of
+from bench.perplexity import likelihood, load_model, windows_of
 
 HERE = Path(__file__).parent
 TEXTS = {name: HERE / f"heldout_{name}.txt" for name in ("code", "prose")}
@@ -65,7 +66,7 @@ def pruned_perplexities(
         model = load_model(folder)
         zero_micro_experts(model, share, seed)
         for name, windows in rows.items():
-            results[name].append(score(model, windows).perplexity)
+            results[name].append(math.exp(likelihood(model, windows).mean))
     return results
 
 
@@ -73,12 +74,12 @@ def measure(folder: Path, share: float, seeds: int) -> dict:
     """Return every figure of the model card."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), load_model(folder)
     rows = {name: windows_of(folder, path) for name, path in TEXTS.items()}
-    dense = {name: score(model, windows) for name, windows in rows.items()}
+    dense = {name: likelihood(model, windows) for name, windows in rows.items()}
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": (folder / "model.safetensors").stat().st_size,
         "predictions": {name: int(result.tokens.sum()) for name, result in dense.items()},
-        "perplexity": {name: result.perplexity for name, result in dense.items()},
+        "perplexity": {name: math.exp(result.mean) for name, result in dense.items()},
         "expert_shares": expert_shares(model, torch.cat(rows["code"][:4])),
         "sample": sample(model, tokenizer),
         "pruned_share": share,

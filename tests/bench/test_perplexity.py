@@ -1,27 +1,31 @@
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from bench.perplexity import Score
+from bench.perplexity import Score, divergence, likelihood
 
 
-def test_perplexity_weighs_tokens_not_windows() -> None:
-    score = Score(nll=torch.tensor([10.0, 1.0]).double(), tokens=torch.tensor([10.0, 1.0]).double())
-    assert score.perplexity == pytest.approx(math.e)
+def test_the_mean_weighs_tokens_not_windows() -> None:
+    score = Score(
+        total=torch.tensor([10.0, 1.0]).double(), tokens=torch.tensor([10.0, 1.0]).double()
+    )
+    assert score.mean == pytest.approx(1)
 
 
-def test_log_ratio_of_equal_models_is_zero_without_error() -> None:
+def test_equal_models_differ_by_zero_without_error() -> None:
     score = Score(torch.tensor([3.0, 5.0]).double(), torch.tensor([2.0, 2.0]).double())
-    assert score.log_ratio(score) == (0.0, 0.0)
+    assert score.difference(score) == (0.0, 0.0)
 
 
-def test_log_ratio_is_the_log_of_the_ratio_of_perplexities() -> None:
+def test_the_difference_is_that_of_the_means() -> None:
     tokens = torch.tensor([4.0, 2.0, 3.0]).double()
     first = Score(torch.tensor([9.0, 4.0, 7.0]).double(), tokens)
     second = Score(torch.tensor([8.0, 5.0, 5.0]).double(), tokens)
-    mean, _ = first.log_ratio(second)
-    assert mean == pytest.approx(math.log(first.perplexity / second.perplexity))
+    mean, _ = first.difference(second)
+    assert mean == pytest.approx(first.mean - second.mean)
 
 
 def test_standard_error_is_that_of_the_mean_for_equal_windows() -> None:
@@ -29,6 +33,33 @@ def test_standard_error_is_that_of_the_mean_for_equal_windows() -> None:
     tokens = torch.full((3,), 5.0).double()
     base = Score(torch.zeros(3).double(), tokens)
     other = Score(torch.tensor([5.0, 10.0, 15.0]).double(), tokens)
-    mean, error = other.log_ratio(base)
+    mean, error = other.difference(base)
     assert mean == pytest.approx(2.0)
     assert error == pytest.approx(1 / math.sqrt(3))
+
+
+class Fixed(torch.nn.Module):
+    """Predicts the same distribution after every token."""
+
+    def __init__(self, probabilities: list[float]) -> None:
+        super().__init__()
+        self._logits = torch.tensor(probabilities).log()
+
+    def forward(self, window: torch.Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self._logits.expand(*window.shape, -1))
+
+
+def test_divergence_is_that_of_the_dense_predictions_from_ours() -> None:
+    window = torch.tensor([[0, 1, 0, 1]])
+    ours, dense = Fixed([0.25, 0.75]), Fixed([0.5, 0.5])
+    wanted = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    found = divergence(cast(Any, ours), cast(Any, dense), [window])
+    assert found.tokens.tolist() == [3]
+    assert found.mean == pytest.approx(wanted)
+    assert divergence(cast(Any, dense), cast(Any, dense), [window]).mean == 0
+
+
+def test_likelihood_is_that_of_the_tokens_after_the_first() -> None:
+    model = cast(Any, Fixed([0.25, 0.75]))
+    found = likelihood(model, [torch.tensor([[1, 0, 0, 1]])])
+    assert found.mean == pytest.approx(-(2 * math.log(0.25) + math.log(0.75)) / 3)
