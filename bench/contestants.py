@@ -79,7 +79,7 @@ def contestants(
 
 def stock_contestants(dense: DenseWeights) -> Iterator[Contestant]:
     """vLLM's own kernel, and zentorch's in bf16, 8 and 4 bits where it is installed."""
-    yield _own_of_vllm(dense)
+    yield own_of_vllm(dense)
     if has_zentorch():
         yield _zentorch("zentorch", "dense", dense, (dense.w13, dense.w2), ())
         # vLLM's `experts_int8`, and its 4-bit checkpoints with one scale for each group.
@@ -144,6 +144,29 @@ def random_layer(
     return RaggedLayer(tuple(tiers))
 
 
+def dequantized(layer: RaggedLayer, shape: Shape) -> DenseWeights:
+    """A layer in bf16 as dense kernels take it: experts of `shape.d_ff`, zeros where pruned."""
+    experts, d_ff, d_model = shape.num_experts, shape.d_ff, shape.d_model
+    w13 = torch.zeros(experts, 2 * d_ff, d_model, dtype=torch.bfloat16)
+    w2 = torch.zeros(experts, d_model, d_ff, dtype=torch.bfloat16)
+    for expert in range(experts):
+        start = 0
+        for tier in layer.tiers:
+            rows = tier.rows(expert)
+            end = start + rows.stop - rows.start
+            w13[expert, start:end] = _bf16(tier.gate, rows)
+            w13[expert, d_ff + start : d_ff + end] = _bf16(tier.up, rows)
+            w2[expert, :, start:end] = _bf16(tier.down, rows).T
+            start = end
+    return DenseWeights(w13, w2)
+
+
+def _bf16(matrix: Rows, rows: slice) -> torch.Tensor:
+    if isinstance(matrix, PackedRows):
+        return matrix.dequantize(rows, torch.bfloat16)
+    return matrix[rows]
+
+
 def fitting(shape: Shape, plans: Sequence[TierPlan], limit: int) -> Shape:
     """The shape with as many experts as `limit` bytes hold in all contestants at once.
 
@@ -182,7 +205,8 @@ def _vllm_ops() -> ModuleType:
         ) from error
 
 
-def _own_of_vllm(dense: DenseWeights) -> Contestant:
+def own_of_vllm(dense: DenseWeights) -> Contestant:
+    """vLLM's own kernel for unquantized experts."""
     ops = _vllm_ops()
     # The choice vLLM makes.
     isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"

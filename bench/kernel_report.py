@@ -36,11 +36,15 @@ class TimingSettings(Settings):
 
 
 class CheckedError(Settings):
-    """A contestant's relative error against float64 on a smaller layer of a shape."""
+    """A contestant's relative error against float64 on a smaller layer of a shape.
+
+    `vllm_error`: that of vLLM's own dense kernel on the same layer, dequantized to bf16.
+    """
 
     shape: str
     contestant: str
     error: float
+    vllm_error: float
 
 
 class TimedLayer(Settings):
@@ -80,7 +84,7 @@ class Cell(Settings):
 class KernelReport(Settings):
     """A whole run. `isa`: the instruction set our kernel used."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     environment: Environment
     isa: str
     settings: TimingSettings

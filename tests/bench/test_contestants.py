@@ -4,6 +4,7 @@ import torch
 from bench.contestants import (
     DenseWeights,
     camera,
+    dequantized,
     fitting,
     has_zentorch,
     name_of,
@@ -62,6 +63,28 @@ def test_bytes_and_width_of_an_expert_are_those_of_its_tiers() -> None:
         expected = 3 * (512 * n16 + (96 + 8) * n3 + (64 + 8) * n2)
         assert ours.expert_bytes[expert] == expected
         assert ours.expert_d_ff[expert] == n16 + n3 + n2
+
+
+def test_a_dequantized_layer_has_the_tiers_of_an_expert_side_by_side() -> None:
+    dense = DenseWeights.random(TINY, generator())
+    layer = random_layer(TINY, MIXED, 3, dense, generator())
+    found = dequantized(layer, TINY)
+    widths = torch.tensor([tier.offsets for tier in layer.tiers]).diff(dim=1).sum(0).tolist()
+    width, expert = min((width, expert) for expert, width in enumerate(widths))
+    assert 0 < width < TINY.d_ff
+    assert not found.w13[expert, width : TINY.d_ff].any()
+    assert not found.w2[expert, :, width:].any()
+    at = 0
+    for tier in layer.tiers:
+        rows = tier.rows(expert)
+        gate, up, down = (
+            m.dequantize(rows, torch.bfloat16) if isinstance(m, PackedRows) else m[rows]
+            for m in (tier.gate, tier.up, tier.down)
+        )
+        span = slice(at, at := at + len(gate))
+        assert torch.equal(found.w13[expert, span], gate)
+        assert torch.equal(found.w13[expert, TINY.d_ff :][span], up)
+        assert torch.equal(found.w2[expert, :, span], down.T)
 
 
 def test_stock_kernels_compute_the_whole_layer() -> None:
