@@ -1,6 +1,7 @@
 """MoE layers one by one: ragged ones against vLLM's dense ones, correctness before speed."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +89,8 @@ def layers_of(shape: Shape, seed: int, device: torch.device) -> dict[str, Candid
 
 
 def ragged_candidate(layer: RaggedLayer) -> Candidate:
-    """Ours."""
-    packed = pack_layer(layer, DTYPE)
+    """Ours, checked against the layer it was packed from."""
+    packed = pack_layer(deepcopy(layer), DTYPE)
     return Candidate(
         lambda tokens: ragged_moe(tokens.x, tokens.weights, tokens.ids, packed),
         weight_bytes(layer),

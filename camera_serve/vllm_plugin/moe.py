@@ -1,7 +1,8 @@
-"""Routed experts in vLLM: ragged parameters, their loading, and the call of the kernel."""
+"""Routed experts in vLLM: ragged parameters, their loading, and the choice of the kernel."""
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +13,14 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from camera_serve.checkpoint.format import PARTS, Part, Tiers
 from camera_serve.errors import ServingError
-from camera_serve.kernels import RaggedLayer, RaggedTier, cpu, ragged_moe
+from camera_serve.kernels import RaggedLayer, RaggedTier
 from camera_serve.models import Projection
+from camera_serve.vllm_plugin import cpu_moe, torch_moe
 from camera_serve.vllm_plugin.compat import MoEMethodBase, weights_are_read
+from camera_serve.vllm_plugin.experts import Experts
 from camera_serve.vllm_plugin.loading import (
     RankRows,
     RankSplit,
@@ -58,7 +60,7 @@ class CameraMoEMethod(MoEMethodBase):
         self._prefix = moe_prefix
         self._name = name
         self._loader: RowLoader | None = None
-        self._cpu_tiers: list[torch.Tensor] = []
+        self._experts: Experts | None = None
         self._refuse_engine_settings()
 
     def create_weights(
@@ -73,7 +75,7 @@ class CameraMoEMethod(MoEMethodBase):
         """Allocate the rank's rows of every tier only (`RankRows`); gate and up come in pairs.
 
         Down is stored transposed. Experts of other ranks have no rows, so global expert ids index
-        `ragged_offsets` on every rank and no expert map is needed.
+        the offsets on every rank and no expert map is needed.
         """
         self._refuse_layer_settings(layer)
         split = self._split(layer)
@@ -84,8 +86,6 @@ class CameraMoEMethod(MoEMethodBase):
                 weight = Parameter(torch.empty(full, dtype=dtype), requires_grad=False)
                 set_weight_attrs(weight, {"weight_loader": partial(self._load, layer, part)})
                 layer.register_parameter(name, weight)
-        offsets = torch.tensor(split.offsets, dtype=torch.int64)
-        layer.register_buffer("ragged_offsets", offsets, persistent=False)
 
     def maybe_roundup_sizes(
         self,
@@ -103,14 +103,17 @@ class CameraMoEMethod(MoEMethodBase):
     def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
         """Refuse to serve weights that never arrived; random weights are wanted for `dummy`.
 
-        Then hand the rows over to the fast kernel of the device, where there is one.
+        Then hand the rows over to the fastest kernel there is for the device and dtype.
         """
         if not weights_are_read():
             fill_dummy_grids(layer.w13_scales, layer.w2_scales)
         elif self._loader:
             self._loader.check_complete()
-        if current_platform.is_cpu():
-            self._pack_for_cpu(layer)
+        self._experts = self._pack(layer)
+        for part in PARTS:
+            for name in (f"w13_{part}", f"w2_{part}"):
+                loaded = getattr(layer, name)
+                loaded.data = loaded.data.new_empty(0)
 
     def apply(
         self,
@@ -122,37 +125,31 @@ class CameraMoEMethod(MoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """The rank's summand of the layer's output, as x: `[num_tokens, d_model]`."""
-        bits = list(self._tiers.bits)
-        if self._cpu_tiers:
-            return torch.ops.vllm.camera_cpu_moe(
-                x, topk_weights, topk_ids, self._cpu_tiers, bits, self._tiers.group_size
-            )
-        gate_up = [getattr(layer, f"w13_{part}") for part in PARTS]
-        down = [getattr(layer, f"w2_{part}") for part in PARTS]
-        return torch.ops.vllm.camera_ragged_moe(
-            x, topk_weights, topk_ids, gate_up, down, layer.ragged_offsets, bits
-        )
+        assert self._experts is not None
+        return self._experts(x, topk_weights, topk_ids)
 
-    def _pack_for_cpu(self, layer: "RoutedExperts") -> None:
-        if layer.w13_weight.dtype != torch.bfloat16:
-            logger.warning_once(
-                "camera-serve: the fast CPU kernel computes in bfloat16; %s runs in plain torch, "
-                "slowly. Serve with --dtype bfloat16",
-                layer.w13_weight.dtype,
-            )
-            return
-        gate_up = [getattr(layer, f"w13_{part}").data for part in PARTS]
-        down = [getattr(layer, f"w2_{part}").data for part in PARTS]
-        offsets = layer.ragged_offsets
-        rows = _ragged_layer(gate_up, down, offsets, list(self._tiers.bits))
-        for number, tier in enumerate(cpu.pack_layer(rows).tiers):
-            for name in ("offsets", "gate_up", "down"):
-                held = Parameter(getattr(tier, name), requires_grad=False)
-                layer.register_parameter(f"camera_{name}_{number}", held)
-                self._cpu_tiers.append(held)
-        for part in PARTS:
-            for name in (f"w13_{part}", f"w2_{part}"):
-                getattr(layer, name).data = torch.empty(0)
+    def _pack(self, layer: "RoutedExperts") -> Experts:
+        rows, dtype = self._rows(layer), layer.w13_weight.dtype
+        if reason := _why_no_kernel(dtype):
+            logger.warning_once("camera-serve: experts run in plain torch, slowly: %s", reason)
+            return torch_moe.pack(layer, rows)
+        if current_platform.is_cpu():
+            return cpu_moe.pack(layer, rows)
+        # Not at the top: without a GPU, Triton need not be there.
+        from camera_serve.vllm_plugin import triton_moe
+
+        return triton_moe.pack(layer, rows, dtype)
+
+    def _rows(self, layer: "RoutedExperts") -> RaggedLayer:
+        """The rows that were loaded, as views."""
+        assert self._loader is not None
+        split, bits = self._loader.split, self._tiers.bits
+        w13 = [getattr(layer, f"w13_{part}").data for part in PARTS]
+        w2 = [getattr(layer, f"w2_{part}").data for part in PARTS]
+        matrices = [RankRows(*parts) for parts in zip(*w13, strict=True)] + [RankRows(*w2)]
+        by_tier = (matrix.by_tier(split.num_rows, bits) for matrix in matrices)
+        tiers = zip(*by_tier, split.offsets, strict=True)
+        return RaggedLayer(tuple(RaggedTier(*tier) for tier in tiers))
 
     def _load(
         self,
@@ -196,10 +193,11 @@ class CameraMoEMethod(MoEMethodBase):
                 "the dense model and compress that, or start without --enable-lora"
             )
         graphs = config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
-        if current_platform.is_cuda_alike() and graphs:
+        reason = _why_no_kernel(self.moe.in_dtype)
+        if current_platform.is_cuda_alike() and graphs and reason:
             raise ServingError(
-                "this version computes CAMERA experts on the GPU in a loop over experts, which "
-                "CUDA graphs cannot capture: start with --enforce-eager"
+                f"experts would run in a loop that CUDA graphs cannot capture ({reason}): start "
+                "with --enforce-eager"
             )
 
     def _refuse_layer_settings(self, layer: "RoutedExperts") -> None:
@@ -216,71 +214,14 @@ class CameraMoEMethod(MoEMethodBase):
             )
 
 
-def _ragged_layer(
-    gate_up: list[torch.Tensor], down: list[torch.Tensor], offsets: torch.Tensor, bits: list[int]
-) -> RaggedLayer:
-    by_tier = [tuple(row) for row in offsets.tolist()]
-    num_rows = [row[-1] for row in by_tier]
-    gate, up = (RankRows(*(part[i] for part in gate_up)).by_tier(num_rows, bits) for i in (0, 1))
-    rows = zip(gate, up, RankRows(*down).by_tier(num_rows, bits), by_tier, strict=True)
-    return RaggedLayer(tuple(RaggedTier(*tier) for tier in rows))
-
-
-def _ragged_moe(
-    x: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    top_k_ids: torch.Tensor,
-    gate_up: list[torch.Tensor],
-    down: list[torch.Tensor],
-    offsets: torch.Tensor,
-    bits: list[int],
-) -> torch.Tensor:
-    layer = _ragged_layer(gate_up, down, offsets, bits)
-    return ragged_moe(x, top_k_weights, top_k_ids, layer)
-
-
-def _ragged_moe_shape(
-    x: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    top_k_ids: torch.Tensor,
-    gate_up: list[torch.Tensor],
-    down: list[torch.Tensor],
-    offsets: torch.Tensor,
-    bits: list[int],
-) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-# Opaque, because the loop over experts depends on the routing, which torch.compile cannot trace.
-# The offsets are a tensor argument and not looked up by a layer's number: compiled graphs are
-# cached across engines, and a number in them could name another engine's layer.
-direct_register_custom_op(
-    op_name="camera_ragged_moe", op_func=_ragged_moe, fake_impl=_ragged_moe_shape
-)
-
-
-def _cpu_moe(
-    x: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    top_k_ids: torch.Tensor,
-    tiers: list[torch.Tensor],
-    bits: list[int],
-    group_size: int,
-) -> torch.Tensor:
-    layout = zip(bits, tiers[::3], tiers[1::3], tiers[2::3], strict=True)
-    layer = cpu.CpuLayer(x.shape[1], group_size, tuple(cpu.CpuTier(*tier) for tier in layout))
-    return cpu.ragged_moe(x, top_k_weights, top_k_ids, layer)
-
-
-def _cpu_moe_shape(
-    x: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    top_k_ids: torch.Tensor,
-    tiers: list[torch.Tensor],
-    bits: list[int],
-    group_size: int,
-) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-direct_register_custom_op(op_name="camera_cpu_moe", op_func=_cpu_moe, fake_impl=_cpu_moe_shape)
+def _why_no_kernel(dtype: torch.dtype) -> str | None:
+    """Why layers that compute in `dtype` have no fast kernel on this machine; None if they have."""
+    if current_platform.is_cpu():
+        if dtype == torch.bfloat16:
+            return None
+        return f"the CPU kernel computes in bfloat16, not {dtype}: serve with --dtype bfloat16"
+    if not current_platform.is_cuda():
+        return "there are kernels for CPUs and NVIDIA GPUs, and this is neither"
+    if find_spec("triton") is None:
+        return "the kernels for GPUs need Triton, which is not installed: pip install triton"
+    return None

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -122,8 +123,8 @@ def check(
     ids: torch.Tensor,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    out = ragged_moe(x, weights, ids, pack_layer(layer, x.dtype), tiles)
     wanted = expected(x, weights, ids, layer)
+    out = ragged_moe(x, weights, ids, pack_layer(deepcopy(layer), x.dtype), tiles)
     assert out.shape == x.shape and out.dtype == x.dtype
     error = (out.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)
     assert error < TOLERANCE[x.dtype]
@@ -218,7 +219,7 @@ def small_tiles(**changes: int) -> Tiles:
 def test_many_blocks_tiles_and_splits(bits: tuple[int, ...], dtype: torch.dtype) -> None:
     counts = [(70, 20)[: len(bits)], (3, 50)[: len(bits)], (0, 0)[: len(bits)]]
     layer, tiles = make_layer(counts, bits, dtype), small_tiles(programs=300)
-    packed = pack_layer(layer, dtype)
+    packed = pack_layer(deepcopy(layer), dtype)
     assert split_rows(packed, tiles, active=4, units=2) < packed.most_rows
     check(layer, random_x(50, 64, dtype), *route_randomly(50, 3, 2), tiles)
 
@@ -288,7 +289,7 @@ def test_a_cuda_graph_replays_it(
     generator = torch.Generator().manual_seed(1)
     counts = torch.randint(0, 200, (16, len(bits)), generator=generator).tolist()
     layer = make_layer(counts, bits, dtype, d_model=512, group=128)
-    packed = pack_layer(layer, dtype)
+    packed = pack_layer(deepcopy(layer), dtype)
     x, (weights, ids) = random_x(num_tokens, 512, dtype), route_randomly(num_tokens, 16, 4)
     ragged_moe(x, weights, ids, packed)
     graph = torch.cuda.CUDAGraph()

@@ -1,12 +1,13 @@
 """Packing for the Triton kernels, and the PTX that reads it, both without a GPU."""
 
 import re
+from copy import deepcopy
 
 import pytest
 import torch
 
 from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier
-from camera_serve.kernels.triton import TritonTier, pack_layer
+from camera_serve.kernels.triton import TritonTier, layout, pack_layer
 from camera_serve.kernels.triton.layout import slice_length, slices_of
 from camera_serve.kernels.triton.ptx import decode_constraints, decode_source
 from camera_serve.quantize.packing import pack
@@ -20,9 +21,13 @@ def packed_rows(codes: torch.Tensor, bits: int, group: int) -> PackedRows:
 
 
 def packed_tier(codes: torch.Tensor, bits: int, group: int, dtype: torch.dtype) -> TritonTier:
-    rows = packed_rows(codes, bits, group)
-    layer = RaggedLayer((RaggedTier(rows, rows, rows, offsets=(0, len(codes))),))
-    return pack_layer(layer, dtype).tiers[0]
+    return pack_layer(one_tier(packed_rows(codes, bits, group)), dtype).tiers[0]
+
+
+def one_tier(rows: PackedRows) -> RaggedLayer:
+    """gate, up and down alike, each in its own memory."""
+    matrices = [deepcopy(rows) for _ in range(3)]
+    return RaggedLayer((RaggedTier(*matrices, offsets=(0, len(rows.words))),))
 
 
 def read_codes(words: torch.Tensor, bits: int, d_model: int, group: int) -> torch.Tensor:
@@ -56,7 +61,7 @@ def test_packing_keeps_every_code_and_every_byte(bits: int, d_model: int, group:
 
 def test_grids_hold_scale_and_zero_as_they_are_in_float16() -> None:
     rows = packed_rows(torch.randint(0, 4, (5, 64)), 2, 32)
-    layer = RaggedLayer((RaggedTier(rows, rows, rows, offsets=(0, 5)),))
+    layer = one_tier(rows)
     halves = (
         pack_layer(layer, torch.float16).tiers[0].up_grid.view(torch.float16).unflatten(1, (5, 2))
     )
@@ -65,13 +70,25 @@ def test_grids_hold_scale_and_zero_as_they_are_in_float16() -> None:
 
 def test_grids_hold_the_middle_code_s_zero_in_bfloat16() -> None:
     rows = packed_rows(torch.randint(0, 4, (5, 64)), 2, 32)
-    layer = RaggedLayer((RaggedTier(rows, rows, rows, offsets=(0, 5)),))
+    layer = one_tier(rows)
     grid = pack_layer(layer, torch.bfloat16).tiers[0].up_grid
     halves = grid.view(torch.bfloat16).unflatten(1, (5, 2)).float()
     middle = rows.zeros.float() + 2 * rows.scales.float()
     # One rounding to bfloat16.
     torch.testing.assert_close(halves[..., 0], rows.scales.float().t(), rtol=2**-8, atol=0)
     torch.testing.assert_close(halves[..., 1], middle.t(), rtol=2**-8, atol=0)
+
+
+def test_packed_rows_are_reordered_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(0, 8, (7, 96))
+    layer = one_tier(packed_rows(codes, 3, 32))
+    # Three rows at a time, the last alone.
+    monkeypatch.setattr(layout, "_WEIGHTS_AT_ONCE", 3 * 96)
+    given = (layer.tiers[0].gate, layer.tiers[0].up, layer.tiers[0].down)
+    (tier,) = pack_layer(layer, torch.float16).tiers
+    for matrix, rows in zip((tier.gate, tier.up, tier.down), given, strict=True):
+        assert matrix.data_ptr() == rows.words.data_ptr()
+        assert read_codes(matrix, 3, 96, 32).equal(codes)
 
 
 def test_rows_of_16_bits_are_shared_and_not_copied() -> None:

@@ -6,16 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from camera_serve.checkpoint.format import DENSE_TIERS
+from camera_serve.checkpoint.format import Tiers
 from camera_serve.errors import CheckpointError, ServingError
 from camera_serve.vllm_plugin import compat, moe
-from camera_serve.vllm_plugin.moe import CameraMoEMethod
+from tests.vllm_plugin.experts import (
+    Experts,
+    loaded_layer,
+    make_layer,
+    moe_config,
+    random_experts,
+    routed,
+)
 
 COUNTS = ((0,), (1,), (5,), (8,))
 D_MODEL = 16
@@ -29,134 +34,79 @@ def vllm_config() -> Iterator[VllmConfig]:
         yield config
 
 
-def moe_config(tp_size: int = 1, tp_rank: int = 0, *, eplb: bool = False) -> Any:
-    parallel = SimpleNamespace(enable_eplb=eplb)
-    return SimpleNamespace(tp_size=tp_size, tp_rank=tp_rank, moe_parallel_config=parallel)
+@pytest.fixture
+def experts() -> Experts:
+    return random_experts(COUNTS, d_model=D_MODEL)
 
 
-def make_layer(config: Any = None, held: range = range(4), **settings: Any) -> tuple[Any, Any]:
-    """A CameraMoEMethod and the layer it created weights for; `held`: the experts of this rank."""
-    method = CameraMoEMethod(config or moe_config(), COUNTS, DENSE_TIERS, "layers.0.mlp", name)
-    layer = nn.Module()
-    layer.activation = MoEActivation.SILU
-    layer.apply_router_weight_on_input = False
-    layer.global_num_experts = 4
-    layer._map_global_expert_id_to_local_expert_id = lambda expert: (
-        expert - held.start if expert in held else -1
-    )
-    for key, value in settings.items():
-        setattr(layer, key, value)
-    method.create_weights(
-        layer,
-        num_experts=len(held),
-        hidden_size=D_MODEL,
-        intermediate_size_per_partition=8,
-        params_dtype=torch.float32,
-        weight_loader=None,
-        global_num_experts=4,
-    )
-    return method, layer
+def tokens(experts: Experts, dtype: torch.dtype = torch.float32) -> Any:
+    return routed(5, experts, 2, dtype)
 
 
-def name(expert: int, projection: str) -> str:
-    return f"layers.0.mlp.experts.{expert}.{projection}_proj"
+def check(out: torch.Tensor, experts: Experts, given: Any, held: range = range(4)) -> None:
+    wanted = experts.output(*given, held)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def expert_weights() -> dict[tuple[int, str], torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for expert, (width,) in enumerate(COUNTS):
-        for shard in ("w1", "w3", "w2"):
-            shape = (D_MODEL, width) if shard == "w2" else (width, D_MODEL)
-            weights[expert, shard] = torch.randn(shape, generator=generator)
-    return weights
-
-
-def load(layer: Any, weights: dict[tuple[int, str], torch.Tensor]) -> None:
-    """Call the loaders as vLLM's two families of models do."""
-    for (expert, shard), tensor in weights.items():
-        if not tensor.numel():
-            continue
-        attribute = "w2_weight" if shard == "w2" else "w13_weight"
-        param = getattr(layer, attribute)
-        full_name = f"layers.0.mlp.experts.{attribute}"
-        rest = {"shard_id": shard, "expert_id": expert, "return_success": True}
-        if expert % 2:
-            param.weight_loader(param, tensor, full_name, **rest)
-        else:
-            param.weight_loader(param=param, loaded_weight=tensor, weight_name=full_name, **rest)
-
-
-def routed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(5, D_MODEL, generator=generator)
-    ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(5)]).int()
-    return x, torch.rand(5, 2, generator=generator), ids
-
-
-def direct(
-    x: torch.Tensor, top_k_weights: torch.Tensor, ids: torch.Tensor, held: range = range(4)
-) -> torch.Tensor:
-    """Every routed (token, expert) pair on its own, in float64, from the checkpoint's tensors."""
-    weights = {key: tensor.double() for key, tensor in expert_weights().items()}
-    out = torch.zeros(x.shape, dtype=torch.float64)
-    for token in range(len(x)):
-        for slot, expert in enumerate(ids[token].tolist()):
-            if expert in held:
-                row = x[token].double()
-                gate, up = weights[expert, "w1"] @ row, weights[expert, "w3"] @ row
-                hidden = functional.silu(gate) * up
-                out[token] += top_k_weights[token, slot] * (weights[expert, "w2"] @ hidden)
-    return out
-
-
-def test_exactly_the_kept_rows_are_allocated() -> None:
-    _, layer = make_layer()
+def test_exactly_the_kept_rows_are_allocated(experts: Experts) -> None:
+    _, layer = make_layer(experts)
     floats = sum(parameter.numel() for parameter in layer.parameters())
     assert floats == 3 * NUM_ROWS * D_MODEL
 
 
-def test_layer_output_is_that_of_its_experts() -> None:
-    method, layer = make_layer()
-    load(layer, expert_weights())
+def test_layer_output_is_that_of_its_experts(experts: Experts) -> None:
+    method, layer = loaded_layer(experts)
+    given = tokens(experts)
+    before = given[0].clone()
+    check(method.apply(layer, *given, None, None), experts, given)
+    assert torch.equal(given[0], before)
+
+
+def test_tiers_of_several_widths_add_up() -> None:
+    counts, tiers = ((0, 0, 0), (1, 3, 0), (5, 0, 7), (8, 2, 33)), Tiers((16, 3, 2), 32)
+    experts = random_experts(counts, tiers, d_model=64)
+    method, layer = loaded_layer(experts)
+    given = tokens(experts)
+    check(method.apply(layer, *given, None, None), experts, given)
+
+
+def test_one_copy_of_the_rows_stays(experts: Experts) -> None:
+    method, layer = make_layer(experts)
+    experts.load(layer)
+    before = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     method.process_weights_after_loading(layer)
-    x, top_k_weights, ids = routed()
-    before = x.clone()
-    out = method.apply(layer, x, top_k_weights, ids, None, None)
-    torch.testing.assert_close(out.double(), direct(x, top_k_weights, ids), rtol=1e-5, atol=1e-5)
-    assert torch.equal(x, before)
+    assert layer.w13_weight.numel() == layer.w2_weight.numel() == 0
+    rows = [parameter for parameter in layer.parameters() if parameter.numel()]
+    assert sum(parameter.numel() for parameter in rows) == 3 * NUM_ROWS * D_MODEL
+    assert {parameter.untyped_storage().data_ptr() for parameter in rows} <= before
 
 
 @pytest.mark.parametrize("tp_size", [2, 3])
-def test_tensor_parallel_ranks_add_up(tp_size: int) -> None:
-    x, top_k_weights, ids = routed()
-    total, rows = torch.zeros_like(x), 0
+def test_tensor_parallel_ranks_add_up(tp_size: int, experts: Experts) -> None:
+    given, rows = tokens(experts), 0
+    total = torch.zeros_like(given[0])
     for rank in range(tp_size):
-        method, layer = make_layer(moe_config(tp_size, rank))
-        load(layer, expert_weights())
-        method.process_weights_after_loading(layer)
-        total += method.apply(layer, x, top_k_weights, ids, None, None)
-        rows += layer.w2_weight.shape[0]
-    wanted = direct(x, top_k_weights, ids)
-    torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
+        method, layer = loaded_layer(experts, moe_config(tp_size, rank))
+        total += method.apply(layer, *given, None, None)
+        rows += sum(parameter.numel() for parameter in layer.parameters()) // (3 * D_MODEL)
+    check(total, experts, given)
     assert rows == NUM_ROWS
 
 
 @pytest.mark.parametrize("held", [range(2), range(2, 4)])
-def test_expert_parallel_rank_computes_its_own_experts_from_global_ids(held: range) -> None:
-    method, layer = make_layer(held=held)
-    load(layer, expert_weights())
-    method.process_weights_after_loading(layer)
-    x, top_k_weights, ids = routed()
-    out = method.apply(layer, x, top_k_weights, ids, None, None)
-    wanted = direct(x, top_k_weights, ids, held)
-    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+def test_expert_parallel_rank_computes_its_own_experts_from_global_ids(
+    held: range, experts: Experts
+) -> None:
+    method, layer = loaded_layer(experts, held=held)
+    given = tokens(experts)
+    check(method.apply(layer, *given, None, None), experts, given, held)
 
 
-def test_torch_compile_sees_one_opaque_call() -> None:
-    method, layer = make_layer()
-    load(layer, expert_weights())
-    x, top_k_weights, ids = routed()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_compile_sees_one_opaque_call(dtype: torch.dtype) -> None:
+    experts = random_experts(COUNTS, d_model=32, dtype=dtype)
+    method, layer = loaded_layer(experts, dtype=dtype)
+    x, top_k_weights, ids = tokens(experts, dtype)
 
     def step(x: torch.Tensor) -> torch.Tensor:
         return method.apply(layer, x, top_k_weights, ids, None, None) + 1
@@ -165,18 +115,17 @@ def test_torch_compile_sees_one_opaque_call() -> None:
     assert torch.equal(compiled(x), step(x))
 
 
-def test_a_tensor_that_never_came_stops_the_server() -> None:
-    method, layer = make_layer()
-    weights = expert_weights()
-    del weights[2, "w2"]
-    load(layer, weights)
+def test_a_tensor_that_never_came_stops_the_server(experts: Experts) -> None:
+    method, layer = make_layer(experts)
+    del experts.tensors[2, "w2", "weight"]
+    experts.load(layer)
     with pytest.raises(CheckpointError, match=r"experts\.2\.down_proj\.weight was not loaded"):
         method.process_weights_after_loading(layer)
 
 
-def test_dummy_weights_need_no_tensor(vllm_config: VllmConfig) -> None:
+def test_dummy_weights_need_no_tensor(vllm_config: VllmConfig, experts: Experts) -> None:
     vllm_config.load_config.load_format = "dummy"
-    method, layer = make_layer()
+    method, layer = make_layer(experts)
     method.process_weights_after_loading(layer)
 
 
@@ -189,40 +138,72 @@ def test_dummy_weights_need_no_tensor(vllm_config: VllmConfig) -> None:
     ],
 )
 def test_layers_the_kernel_does_not_reproduce_are_refused(
-    settings: dict[str, Any], message: str
+    settings: dict[str, Any], message: str, experts: Experts
 ) -> None:
     with pytest.raises(ServingError, match=message):
-        make_layer(**settings)
+        make_layer(experts, **settings)
 
 
-def test_expert_load_balancing_is_refused_with_the_remedy() -> None:
+def test_expert_load_balancing_is_refused_with_the_remedy(experts: Experts) -> None:
     with pytest.raises(ServingError, match="start without --enable-eplb"):
-        make_layer(moe_config(eplb=True))
+        make_layer(experts, moe_config(eplb=True))
 
 
-def test_lora_is_refused_with_the_remedy(vllm_config: VllmConfig) -> None:
+def test_lora_is_refused_with_the_remedy(vllm_config: VllmConfig, experts: Experts) -> None:
     vllm_config.lora_config = SimpleNamespace()
     with pytest.raises(ServingError, match="without --enable-lora"):
-        make_layer()
+        make_layer(experts)
+
+
+class Gpu:
+    """A platform of vLLM's with a GPU: an NVIDIA one, or another that torch calls CUDA as well."""
+
+    def __init__(self, *, nvidia: bool) -> None:
+        self.nvidia = nvidia
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def is_cuda_alike(self) -> bool:
+        return True
+
+    def is_cuda(self) -> bool:
+        return self.nvidia
 
 
 @pytest.mark.parametrize("mode", list(CUDAGraphMode))
-def test_cuda_graphs_are_refused_with_the_remedy(
-    mode: CUDAGraphMode, vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+def test_cuda_graphs_are_taken_where_the_kernel_is(
+    mode: CUDAGraphMode, vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, experts: Experts
 ) -> None:
-    monkeypatch.setattr(moe, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
+    monkeypatch.setattr(moe, "current_platform", Gpu(nvidia=True))
+    vllm_config.compilation_config.cudagraph_mode = mode
+    make_layer(experts)
+
+
+@pytest.mark.parametrize("mode", list(CUDAGraphMode))
+@pytest.mark.parametrize("lacking", ["an NVIDIA GPU", "Triton"])
+def test_cuda_graphs_are_refused_with_the_remedy_where_it_is_not(
+    lacking: str,
+    mode: CUDAGraphMode,
+    vllm_config: VllmConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    experts: Experts,
+) -> None:
+    monkeypatch.setattr(moe, "current_platform", Gpu(nvidia=lacking == "Triton"))
+    monkeypatch.setattr(moe, "find_spec", lambda name: None)
     vllm_config.compilation_config.cudagraph_mode = mode
     if mode == CUDAGraphMode.NONE:
-        make_layer()
+        make_layer(experts)
         return
-    with pytest.raises(ServingError, match="start with --enforce-eager"):
-        make_layer()
+    reason = {"Triton": "Triton, which is not installed", "an NVIDIA GPU": "NVIDIA GPUs, and this"}
+    with pytest.raises(ServingError, match=f"{reason[lacking]}.*start with --enforce-eager"):
+        make_layer(experts)
 
 
 def test_vllm_without_a_cpu_router_routes_with_its_own_function(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, experts: Experts
 ) -> None:
-    x, top_k_weights, ids = routed()
+    x, top_k_weights, ids = given = tokens(experts)
     asked = {}
 
     def select_experts(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,13 +217,11 @@ def test_vllm_without_a_cpu_router_routes_with_its_own_function(
         "scoring_func routed_scaling_factor e_score_correction_bias"
     )
     settings = {key: f"the layer's {key}" for key in names.split()}
-    method, layer = make_layer(**settings)
-    load(layer, expert_weights())
+    method, layer = loaded_layer(experts, **settings)
 
     logits = torch.randn(5, 4)
     out = method.apply_monolithic(layer, x, logits)
-    wanted = direct(x, top_k_weights, ids)
-    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    check(out, experts, given)
     assert out.dtype == x.dtype
     assert asked.pop("hidden_states") is x
     assert asked.pop("router_logits") is logits

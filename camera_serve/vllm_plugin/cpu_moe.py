@@ -1,0 +1,64 @@
+"""Routed experts by the C++ kernel, in bfloat16."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from camera_serve.kernels import RaggedLayer, cpu
+from camera_serve.vllm_plugin.experts import Experts, hold
+
+
+@dataclass(frozen=True)
+class _CpuExperts:
+    """tiers: offsets, gate_up and down, tier after tier."""
+
+    tiers: list[torch.Tensor]
+    bits: list[int]
+    group_size: int
+
+    def __call__(
+        self, x: torch.Tensor, top_k_weights: torch.Tensor, top_k_ids: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.ops.vllm.camera_cpu_moe(
+            x, top_k_weights, top_k_ids, self.tiers, self.bits, self.group_size
+        )
+
+
+def pack(layer: nn.Module, rows: RaggedLayer) -> Experts:
+    """Hold the rows on `layer` as the kernel reads them, copied."""
+    packed = cpu.pack_layer(rows)
+    held = [
+        hold(layer, f"{name}_{number}", getattr(tier, name))
+        for number, tier in enumerate(packed.tiers)
+        for name in ("offsets", "gate_up", "down")
+    ]
+    return _CpuExperts(held, [tier.bits for tier in packed.tiers], packed.group_size)
+
+
+def _cpu_moe(
+    x: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    top_k_ids: torch.Tensor,
+    tiers: list[torch.Tensor],
+    bits: list[int],
+    group_size: int,
+) -> torch.Tensor:
+    layout = zip(bits, tiers[::3], tiers[1::3], tiers[2::3], strict=True)
+    layer = cpu.CpuLayer(x.shape[1], group_size, tuple(cpu.CpuTier(*tier) for tier in layout))
+    return cpu.ragged_moe(x, top_k_weights, top_k_ids, layer)
+
+
+def _cpu_moe_shape(
+    x: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    top_k_ids: torch.Tensor,
+    tiers: list[torch.Tensor],
+    bits: list[int],
+    group_size: int,
+) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+direct_register_custom_op(op_name="camera_cpu_moe", op_func=_cpu_moe, fake_impl=_cpu_moe_shape)
