@@ -17,6 +17,8 @@ from camera_serve.recipe import Settings, describe_errors
 
 T = TypeVar("T")
 
+UNPRUNED = "λ = 0%"
+
 
 class TimingSettings(Settings):
     """What to time: every combination of shape, routing, threads and tokens is a cell.
@@ -174,6 +176,31 @@ def notes(report: KernelReport) -> Iterator[str]:
         yield "zentorch is not installed, so vLLM's own kernel alone is the baseline"
 
 
+def near_limits(report: KernelReport) -> Iterator[str]:
+    """How near our kernel comes to the machine's limits on each unpruned 16-bit layer."""
+    whole = [c for c in report.cells if c.kind == "camera" and c.contestant == UNPRUNED]
+    for shape, routing, threads in _unique(
+        (c.place.shape, c.place.routing, c.place.threads) for c in whole
+    ):
+        limit = next(limit for limit in report.limits if limit.threads == threads)
+        here = [
+            c
+            for c in whole
+            if (c.place.shape, c.place.routing, c.place.threads) == (shape, routing, threads)
+        ]
+        few, many = (f(here, key=lambda c: c.place.tokens) for f in (min, max))
+        read = few.read_bytes / few.median_seconds / limit.read_bytes_per_second
+        found = f"{read:.0%} of the machine's reading rate at {_tokens(few)}"
+        if limit.bf16_flop_per_second:
+            computed = many.flop / many.median_seconds / limit.bf16_flop_per_second
+            found += f" and {computed:.0%} of its bf16 rate at {_tokens(many)}"
+        yield f"{UNPRUNED} on {shape} ({routing} routing, {_threads(threads)}) reaches {found}"
+
+
+def _tokens(cell: Cell) -> str:
+    return f"{cell.place.tokens} token" + "s" * (cell.place.tokens > 1)
+
+
 def _caption(report: KernelReport) -> str:
     found = report.environment
     names = [n for n in ("torch", "vllm", "zentorch") if n in found.packages]
@@ -188,6 +215,7 @@ def _caption(report: KernelReport) -> str:
     parts = [
         "One MoE layer, median time; × is the speed over the fastest dense kernel in the same run",
         f"Widths are those of layer {layer} of the energies' spread on the reference MoE",
+        *near_limits(report),
         *notes(report),
         f"{found.cpu} ({report.isa}): {'; '.join(limits)}",
         ", ".join([*versions, f"commit {found.commit}"]),

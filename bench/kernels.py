@@ -50,6 +50,7 @@ from bench.kernel_report import (
     TimingSettings,
     console_tables,
     markdown,
+    near_limits,
     notes,
 )
 from bench.moe_inputs import Inputs, Routing, inputs_of, work
@@ -95,7 +96,7 @@ def main() -> int:
         return 1
     for table in console_tables(report):
         Console().print(table)
-    for note in notes(report):
+    for note in (*near_limits(report), *notes(report)):
         print(f"note: {note}")
     return 0
 

@@ -112,6 +112,20 @@ def test_console_table_sets_rates_beside_the_machine_s_limits() -> None:
     assert ours == ["1", "λ = 40%", "1.50", "2.00", "20.0", "40.0"]
 
 
+def test_the_unpruned_layer_is_set_beside_the_machine_s_limits() -> None:
+    limit = Limits(threads=1, read_bytes_per_second=20e9, bf16_flop_per_second=24e9)
+    ours = (cell("λ = 0%", "camera", 2), cell("λ = 0%", "camera", 5, tokens=8), *RIVALS)
+    found = report(*ours).model_copy(update={"limits": (limit,)})
+    (note,) = kernel_report.near_limits(found)
+    # 30 MB in 2 ms, 60 MFLOP in 5 ms.
+    assert note == (
+        "λ = 0% on s (even routing, 1 thread) reaches 75% of the machine's reading rate at 1 token "
+        "and 50% of its bf16 rate at 8 tokens"
+    )
+    assert note in kernel_report.markdown(found)
+    assert list(kernel_report.near_limits(report(*RIVALS))) == []
+
+
 def test_contestants_take_turns_on_the_same_input_which_then_changes() -> None:
     calls: list[tuple[str, int]] = []
 
