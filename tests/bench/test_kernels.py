@@ -148,6 +148,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> int
     monkeypatch.setitem(kernels.SHAPES, "tiny", TINY)
     command = ["kernels", "--output", str(tmp_path / "out" / "kernels.json"), *arguments]
     monkeypatch.setattr("sys.argv", command)
+    # Whatever goes wrong, no test writes in the repository.
+    monkeypatch.setattr(stored, "README", tmp_path / "README.md")
     return kernels.main()
 
 
@@ -179,7 +181,6 @@ def test_a_run_times_every_kernel_in_every_cell_and_stores_it(
 
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- kernels:start -->\n<!-- kernels:end -->\nb\n")
-    monkeypatch.setattr(stored, "README", readme)
     assert run(monkeypatch, tmp_path, "--readme", "--tokens", "3", "--routing", "even") == 0
     rows = re.findall(r"^\| tiny .*$", readme.read_text(), flags=re.MULTILINE)
     assert len(rows) == 1 and rows[0].startswith("| tiny | even | 1 | 3 | ")
