@@ -19,7 +19,7 @@ from camera_serve.ranking import measure
 from camera_serve.recipe import Calibration, Settings
 from camera_serve.runtime import compute_dtype, pick_device
 from camera_serve.selection import LayerEnergies
-from camera_serve.streaming import ModelStream
+from camera_serve.streaming import ModelStream, StreamedLayer
 
 
 class AnalysisSettings(Settings):
@@ -92,17 +92,27 @@ def _all_energies(
 ) -> dict[str, LayerEnergies]:
     num_layers = stream.structure.num_layers
     progress = Reporter(num_layers, stream.device, on_progress)
-    hidden, energies = stream.embed(tokens), {}
+    hidden = stream.embed(tokens)
+    energies: dict[str, LayerEnergies] = {}
     progress("analyze", 0)
-    for layer in range(num_layers):
-        loaded = stream.load(layer)
-        if loaded.experts is not None:
-            name = stream.structure.moe_prefix(layer)
-            energies[name] = measure(stream, layer, loaded, hidden, alpha)
-            loaded.use_experts(loaded.experts)
-        hidden = stream.run(layer, loaded, hidden)
-        progress("analyze", layer + 1)
+    with stream.loading(range(num_layers)) as load:
+        for layer in range(num_layers):
+            found, hidden = _layer_energies(stream, layer, load(), hidden, alpha)
+            if found is not None:
+                energies[stream.structure.moe_prefix(layer)] = found
+            progress("analyze", layer + 1)
     return energies
+
+
+def _layer_energies(
+    stream: ModelStream, layer: int, loaded: StreamedLayer, hidden: torch.Tensor, alpha: float
+) -> tuple[LayerEnergies | None, torch.Tensor]:
+    """A layer's energies, None where it is dense, and its output."""
+    energies = None
+    if loaded.experts is not None:
+        energies = measure(stream, layer, loaded, hidden, alpha)
+        loaded.use_experts(loaded.experts)
+    return energies, stream.run(layer, loaded, hidden)
 
 
 def _summary(name: str, energies: LayerEnergies) -> LayerSummary:

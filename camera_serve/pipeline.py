@@ -42,7 +42,7 @@ from camera_serve.recipe import Recipe, Settings
 from camera_serve.report import CompressionReport, LayerReport
 from camera_serve.runtime import compute_dtype, pick_device, run_log
 from camera_serve.sizing import Estimate, check_fits, disk_bytes, estimate_for
-from camera_serve.streaming import ModelStream
+from camera_serve.streaming import ModelStream, StreamedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -146,14 +146,17 @@ def _compress_layers(run: _Run, tokens: torch.Tensor, report: Reporter) -> None:
     start, hidden = run.workspace.resume_point()
     hidden = run.stream.embed(tokens) if hidden is None else hidden
     report("compress", start)
-    for layer in range(start, run.checkpoint.structure.num_layers):
-        hidden = _compress_layer(run, layer, hidden)
-        report("compress", layer + 1)
+    layers = range(start, run.checkpoint.structure.num_layers)
+    with run.stream.loading(layers) as load:
+        for layer in layers:
+            hidden = _compress_layer(run, layer, load(), hidden)
+            report("compress", layer + 1)
 
 
-def _compress_layer(run: _Run, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+def _compress_layer(
+    run: _Run, layer: int, loaded: StreamedLayer, hidden: torch.Tensor
+) -> torch.Tensor:
     """Algorithm 2 and 3, the body of the loop; returns the input of the next layer."""
-    loaded = run.stream.load(layer)
     names = run.shards.shards[layer + 1]
     if loaded.experts is None:
         tensors = _read(run.checkpoint, names)

@@ -16,17 +16,17 @@ from camera_serve.quantize.cost import SolveSize, solve_seconds
 from camera_serve.quantize.packing import words_per_row
 from camera_serve.recipe import Recipe, Settings
 from camera_serve.runtime import compute_dtype
-from camera_serve.streaming import TOKENS_PER_BATCH
+from camera_serve.streaming import TOKENS_PER_BATCH, layers_at_once
 
 
 class Estimate(Settings):
     """Bytes are exact for the output, upper estimates for memory; seconds are a rough guide.
 
-    Memory is what a run takes beside Python and torch. Parts of the peak: `layer_bytes`, the
-    largest decoder layer in the dtype of the run; `mapped_bytes`, the same in the model's files,
-    whose pages the system may take back; `tier_bytes`, a layer's experts as they will be stored;
-    `solver_bytes`, the solves of `experts_at_once` of a layer's `num_experts` experts (both 0
-    where nothing is packed).
+    Memory is what a run takes beside Python and torch, a GPU's included. Parts of the peak:
+    `layer_bytes`, the largest decoder layer in the dtype of the run; `mapped_bytes`, the same in
+    the model's files, whose pages the system may take back, both for each of `layers_at_once`;
+    `tier_bytes`, a layer's experts as they will be stored; `solver_bytes`, the solves of
+    `experts_at_once` of a layer's `num_experts` experts (both 0 where nothing is packed).
     """
 
     output_bytes: int
@@ -37,6 +37,7 @@ class Estimate(Settings):
     peak_memory_bytes: int
     layer_bytes: int
     mapped_bytes: int
+    layers_at_once: int
     tier_bytes: int
     solver_bytes: int
     experts_at_once: int
@@ -66,6 +67,7 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
     layer = mapped * dtype.itemsize // checkpoint.dtype.itemsize
     solves = _solves(structure, recipe)
     solver = max((size.peak_bytes(tokens) for size in solves), default=0)
+    held = layers_at_once(device) * (layer + mapped)
     working = max(solver, _batch_bytes(structure, recipe), ROWS_AT_ONCE * structure.d_model * 8)
     return Estimate(
         output_bytes=_output_bytes(checkpoint, recipe),
@@ -74,9 +76,10 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
         total_bytes_before=checkpoint.total_bytes,
         disk_bytes=disk_bytes(checkpoint, recipe),
         # A layer's output is held in batches and as one while its input is still there.
-        peak_memory_bytes=layer + mapped + tiers + working + 3 * _hidden_bytes(checkpoint, recipe),
+        peak_memory_bytes=held + tiers + working + 3 * _hidden_bytes(checkpoint, recipe),
         layer_bytes=layer,
         mapped_bytes=mapped,
+        layers_at_once=layers_at_once(device),
         tier_bytes=tiers,
         solver_bytes=solver,
         experts_at_once=solves[0].experts_at_once if solves else 0,

@@ -1,13 +1,15 @@
 """One decoder layer at a time: weights read lazily, run on all calibration tokens, then dropped.
 
-The peak is one layer and the activations, whatever the model's size. transformers runs the
-attention and the router; only the experts are ours, behind the interface every family shares:
+The peak is one layer and the activations, whatever the model's size; on a GPU two layers, as the
+next one is read and copied there while one computes. transformers runs the attention and the
+router; only the experts are ours, behind the interface every family shares:
 `experts(hidden_states, top_k_index, top_k_weights)`.
 """
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +19,15 @@ from transformers import AutoModelForCausalLM
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.kernels import RaggedLayer, RaggedTier, ragged_moe
 from camera_serve.models.structure import PROJECTIONS
+from camera_serve.prefetch import reading_ahead
 
 TOKENS_PER_BATCH = 16384
 """Tokens run through a layer at once: enough to fill a GPU, small beside one layer's weights."""
+
+
+def layers_at_once(device: torch.device) -> int:
+    """Decoder layers in memory at a time: a GPU's next one is read while it computes."""
+    return 2 if device.type == "cuda" else 1
 
 
 class RoutedExperts(nn.Module):
@@ -47,6 +55,12 @@ class StreamedLayer:
     experts: RaggedTier[torch.Tensor] | None
     shared: Any = None
     shared_gate: torch.Tensor | None = None
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All weights."""
+        yield from self.module.state_dict().values()
+        if self.experts:
+            yield from (self.experts.gate, self.experts.up, self.experts.down)
 
     def use_experts(self, experts: RaggedTier[torch.Tensor]) -> None:
         """Run `experts` where the family's own experts module stood."""
@@ -81,6 +95,20 @@ class ModelStream:
         """Token embeddings: int64 `[samples, seq_len]` -> `[samples, seq_len, d_model]` on CPU."""
         weight = self.checkpoint.get("model.embed_tokens.weight").to(self.dtype)
         return nn.functional.embedding(tokens, weight)
+
+    @contextmanager
+    def loading(self, layers: range) -> Iterator[Callable[[], StreamedLayer]]:
+        """A function whose calls give these layers in turn, `layers_at_once` in memory.
+
+        Drop a layer before asking for the next. Errors come with the layer they belong to.
+        """
+        if layers_at_once(self.device) == 1:
+            numbers = iter(layers)
+            yield lambda: self.load(next(numbers))
+            return
+        reader = _Reader(self)
+        with reading_ahead(reader.read, layers) as next_layer:
+            yield lambda: reader.take(*next_layer())
 
     def load(self, layer: int) -> StreamedLayer:
         """Read one decoder layer onto the device."""
@@ -132,8 +160,14 @@ class ModelStream:
             on_disk = self.structure.to_checkpoint_name(f"{prefix}.{name}")
             exact = name.endswith(self.keep_float32) if self.keep_float32 else False
             dtype = torch.float32 if exact else self.dtype
-            weights[name] = self.checkpoint.get(on_disk).to(self.device, dtype)
+            weights[name] = self._on_device(self.checkpoint.get(on_disk)).to(dtype)
         return weights
+
+    def _on_device(self, weight: torch.Tensor) -> torch.Tensor:
+        """A copy from memory that is not pinned would keep the GPU's other streams waiting."""
+        if self.device.type == "cuda":
+            weight = weight.pin_memory()
+        return weight.to(self.device, non_blocking=True)
 
     def _experts(self, layer: int) -> RaggedTier[torch.Tensor]:
         d_ff, num_experts = self.structure.d_ff, self.structure.num_experts
@@ -142,7 +176,34 @@ class ModelStream:
         for expert in range(num_experts):
             for projection, matrix in zip(PROJECTIONS, (gate, up, down), strict=True):
                 name = f"{self.structure.expert_prefix(layer, expert, projection)}.weight"
-                weight = self.checkpoint.get(name)
+                weight = self._on_device(self.checkpoint.get(name))
                 matrix[expert].copy_(weight.T if projection == "down" else weight)
         offsets = tuple(d_ff * expert for expert in range(num_experts + 1))
         return RaggedTier(gate.flatten(0, 1), up.flatten(0, 1), down.flatten(0, 1), offsets)
+
+
+class _Reader:
+    """Loads layers in another thread, on a GPU in a CUDA stream beside the computing one."""
+
+    def __init__(self, stream: ModelStream) -> None:
+        self._stream = copy.copy(stream)
+        # Its own handles: whoever reads beside it releases theirs at any moment.
+        self._stream.checkpoint = replace(stream.checkpoint, _handles={})
+        device = stream.device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def read(self, layer: int) -> tuple[StreamedLayer, torch.cuda.Event | None]:
+        """A layer, and what to wait for before its weights are used: in the reading thread."""
+        with torch.cuda.stream(self._copies) if self._copies else nullcontext():
+            loaded = self._stream.load(layer)
+        return loaded, self._copies.record_event() if self._copies else None
+
+    def take(self, loaded: StreamedLayer, copied: torch.cuda.Event | None) -> StreamedLayer:
+        """Hand a layer over to the stream that computes."""
+        if copied:
+            computing = torch.cuda.current_stream(self._stream.device)
+            computing.wait_event(copied)
+            for tensor in loaded.tensors():
+                # Or its memory might be given to the next layer's copies while it is still read.
+                tensor.record_stream(computing)
+        return loaded

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from camera_serve import Calibration, Recipe, TierPlan, compress, estimate
+from camera_serve import Calibration, Recipe, TierPlan, compress, estimate, sizing
 from camera_serve.calibration import calibration_tokens
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CalibrationError, CheckpointError, OutputError
@@ -210,6 +210,17 @@ def test_an_estimate_is_exact_in_bytes_and_touches_nothing(
     assert guess.expert_bytes_after == report.expert_bytes_after
     assert guess.output_bytes == report.total_bytes_after
     assert guess.seconds > 0 and guess.peak_memory_bytes > report.total_bytes_before / 4
+
+
+def test_an_estimate_counts_the_layer_that_is_read_ahead(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = estimate(model, recipe(text), device="cpu")
+    monkeypatch.setattr(sizing, "layers_at_once", lambda device: 2)
+    ahead = estimate(model, recipe(text), device="cpu")
+    assert (alone.layers_at_once, ahead.layers_at_once) == (1, 2)
+    more = ahead.peak_memory_bytes - alone.peak_memory_bytes
+    assert more == alone.layer_bytes + alone.mapped_bytes > 0
 
 
 def test_the_same_recipe_gives_the_same_bytes(model: Path, tmp_path: Path, text: Path) -> None:

@@ -123,6 +123,8 @@ def _estimate_summary(estimate: "Estimate") -> str:
         ("peak memory", human_bytes(estimate.peak_memory_bytes)),
         ("  one layer", ", ".join(f"{human_bytes(size)} {what}" for size, what in parts)),
     ]
+    if estimate.layers_at_once > 1:
+        lines.append(("  twice", "weights and files: the next layer is read while one computes"))
     if estimate.solver_bytes:
         at_once = f"for {estimate.experts_at_once} of {estimate.num_experts} experts at a time"
         lines.append(("  solver", f"{human_bytes(estimate.solver_bytes)} {at_once}"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from camera_serve import sizing
 from camera_serve.recipe import Recipe
 from tests import tiny_models
 from tests.cli.conftest import Run
@@ -91,6 +92,16 @@ def test_dry_run_prints_the_real_sizes_and_touches_nothing(
     for name in ("checkpoint", "peak memory", "disk needed", "time"):
         assert any(line.startswith(name) for line in result.stdout.splitlines())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_when_two_layers_are_in_memory(
+    run: Run, model: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["compress", model, "-o", tmp_path / "out", "--prune", 0.5, "--align", 8, *small]
+    said = "the next layer is read while one computes"
+    assert said not in run(*command, "--dry-run").stdout
+    monkeypatch.setattr(sizing, "layers_at_once", lambda device: 2)
+    assert said in run(*command, "--dry-run").stdout
 
 
 def test_overwrite_replaces_an_earlier_output(
