@@ -1,7 +1,7 @@
 """Energies of one Qwen2-57B-A14B-shaped layer: ours, and by running every expert on every token."""
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +9,12 @@ from torch import nn
 from torch.nn import functional
 
 from bench.gpu.random_layers import DTYPE, Tokens, ragged_layer, random_tokens
+from bench.gpu.timing import median_seconds
 from bench.shapes import SHAPES, Shape
 from camera_serve.energy import RoutedExpertsMeter, SharedExpertMeter
 from camera_serve.kernels import RaggedTier, dense_rows
 from camera_serve.recipe import TierPlan
+from camera_serve.streaming import TOKENS_PER_BATCH
 
 SHAPE = "qwen2-57b-a14b"
 WINDOWS, WINDOW = 128, 2048
@@ -25,26 +27,35 @@ class DisagreementError(RuntimeError):
     """The two ways to the energies do not lead to the same: there is nothing to time."""
 
 
-def measure(*, windows: int = WINDOWS, seed: int = 0) -> dict[str, Any]:
-    """Seconds of both on the same layer and tokens, and how far their energies are apart."""
+def measure(*, windows: int = WINDOWS, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Seconds of both on the same layer and tokens, and how far their energies are apart.
+
+    Yields once. Raises `DisagreementError`.
+    """
     shape, device = SHAPES[SHAPE], torch.device("cuda")
     tier = full_tier(shape, seed, device)
     shared = shared_expert(shape, device)
-    batch = random_tokens(shape, WINDOW, seed, device, balanced=True)
-    ours, ours_seconds = _timed(lambda: camera_energies(tier, shared, batch, windows))
-    theirs, their_seconds = _timed(lambda: every_expert_on_every_token(tier, batch, windows))
-    difference = float((ours - theirs).norm() / theirs.norm())
+    batch = random_tokens(shape, TOKENS_PER_BATCH, seed, device, balanced=True)
+    rounds = windows * WINDOW // TOKENS_PER_BATCH
+    ours, theirs = (
+        partial(camera_energies, tier, shared, batch, rounds),
+        partial(every_expert_on_every_token, tier, batch, rounds),
+    )
+    wanted = theirs()
+    difference = float((ours() - wanted).norm() / wanted.norm())
     if not difference <= AGREEMENT:
         raise DisagreementError(f"energies differ by {difference:.2g}, relative, > {AGREEMENT}")
-    return {
+    seconds, their_seconds = median_seconds(ours), median_seconds(theirs)
+    yield {
         "shape": SHAPE,
-        "tokens": windows * WINDOW,
+        "tokens": rounds * TOKENS_PER_BATCH,
         "seconds": {
-            "camera-serve, with shared experts": ours_seconds,
+            "camera-serve, with shared experts": seconds,
             "every expert": their_seconds,
         },
-        "ratio": their_seconds / ours_seconds,
+        "ratio": their_seconds / seconds,
         "relative_difference": difference,
+        "left": [],
     }
 
 
@@ -71,11 +82,14 @@ def shared_expert(shape: Shape, device: torch.device) -> SharedExpertMeter:
 
 @torch.inference_mode()
 def camera_energies(
-    tier: RaggedTier[torch.Tensor], shared: SharedExpertMeter, batch: Tokens, windows: int
+    tier: RaggedTier[torch.Tensor], shared: SharedExpertMeter, batch: Tokens, rounds: int
 ) -> torch.Tensor:
-    """Energies of all routed micro-experts as `analyze` measures them, the shared ones beside."""
+    """Energies of all routed micro-experts as `analyze` measures them, the shared ones beside.
+
+    rounds: how often the batch is looked at.
+    """
     meter = RoutedExpertsMeter(tier, batch.x.device)
-    for _ in range(windows):
+    for _ in range(rounds):
         meter(batch.x, batch.ids, batch.weights)
         shared(batch.x)
     shared.sums.energies(shared.shared.down_proj.weight.T, ALPHA)
@@ -84,9 +98,12 @@ def camera_energies(
 
 @torch.inference_mode()
 def every_expert_on_every_token(
-    tier: RaggedTier[torch.Tensor], batch: Tokens, windows: int
+    tier: RaggedTier[torch.Tensor], batch: Tokens, rounds: int
 ) -> torch.Tensor:
-    """Eq. 11 with every expert's activations on all tokens, weighted by 0 where not routed."""
+    """Eq. 11 with every expert's activations on all tokens, weighted by 0 where not routed.
+
+    One window of text at a time, as the official code runs a model.
+    """
     num_experts = len(tier.offsets) - 1
     share = torch.zeros(len(batch.x), num_experts, device=batch.x.device)
     share.scatter_(1, batch.ids.long(), batch.weights)
@@ -95,26 +112,16 @@ def every_expert_on_every_token(
         rows = tier.rows(expert)
         square_sum: torch.Tensor | float = 0.0
         square_max = torch.zeros(rows.stop - rows.start, device=batch.x.device)
-        for _ in range(windows):
-            gate = functional.linear(batch.x, tier.gate[rows])
-            up = functional.linear(batch.x, tier.up[rows])
-            phi = functional.silu(gate) * up * share[:, expert, None].to(DTYPE)
+        for window in list(zip(batch.x.split(WINDOW), share.split(WINDOW), strict=True)) * rounds:
+            x, weight = window
+            gate, up = functional.linear(x, tier.gate[rows]), functional.linear(x, tier.up[rows])
+            phi = functional.silu(gate) * up * weight[:, expert, None].to(DTYPE)
             squares = phi.float().square()
             square_sum = square_sum + squares.sum(0)
             square_max = torch.maximum(square_max, squares.amax(0))
         norms = tier.down[rows].float().norm(dim=1).square()
         energies.append(((1 - ALPHA) * square_sum + ALPHA * square_max) * norms)
     return torch.cat(energies).double()
-
-
-def _timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
-    # The first call chooses and loads kernels.
-    found = run()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return found, time.perf_counter() - start
 
 
 def table(result: dict[str, Any]) -> str:

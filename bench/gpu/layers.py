@@ -1,6 +1,6 @@
 """MoE layers one by one: ragged ones against vLLM's dense ones, correctness before speed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -58,22 +58,30 @@ class Candidate:
 
 def measure(
     shapes: Sequence[str], tokens: Sequence[int], *, balanced: bool, seed: int = 0
-) -> dict[str, Any]:
-    """Check, then time every layer of every shape; JSON values."""
+) -> Iterator[dict[str, Any]]:
+    """Check, then time every layer of every shape with every number of tokens; JSON values.
+
+    Yields the result after each number of tokens, `left` naming those that are to come. Raises
+    `WrongResultError`.
+    """
     device = torch.device("cuda")
-    result: dict[str, Any] = {"ceilings": ceilings(device), "errors": {}, "rows": []}
+    left = [f"{name} with {count} tokens" for name in shapes for count in tokens]
+    result: dict[str, Any] = {"ceilings": ceilings(device), "errors": {}, "bytes": {}, "rows": []}
     with baselines.vllm_context():
         for name in shapes:
-            candidates = layers_of(SHAPES[name], seed, device)
-            result["errors"][name] = check_all(SHAPES[name], candidates, seed, device)
+            shape, candidates = SHAPES[name], layers_of(SHAPES[name], seed, device)
+            result["bytes"][name] = {k: c.bytes_ for k, c in candidates.items()}
+            result["errors"][name] = check_all(shape, candidates, CHECKED_TOKENS, seed, device)
             for count in tokens:
-                row = _time(SHAPES[name], candidates, count, seed, device, balanced=balanced)
+                # Other numbers of tokens take other tiles.
+                errors = check_all(shape, candidates, [count], seed, device)
+                row = _time(shape, candidates, count, seed, device, balanced=balanced)
                 print(f"{name}, {count} tokens: {row}", flush=True)
-                result["rows"].append({"shape": name, "tokens": count, "microseconds": row})
-            result.setdefault("bytes", {})[name] = {k: c.bytes_ for k, c in candidates.items()}
+                row_of = {"shape": name, "tokens": count, "errors": errors, "microseconds": row}
+                result["rows"].append(row_of)
+                yield result | {"left": left[len(result["rows"]) :]}
             del candidates
             torch.cuda.empty_cache()
-    return result
 
 
 def layers_of(shape: Shape, seed: int, device: torch.device) -> dict[str, Candidate]:
@@ -116,15 +124,22 @@ def as_ragged(w13: torch.Tensor, w2: torch.Tensor) -> RaggedLayer:
 
 
 def check_all(
-    shape: Shape, candidates: dict[str, Candidate], seed: int, device: torch.device
+    shape: Shape,
+    candidates: dict[str, Candidate],
+    counts: Sequence[int],
+    seed: int,
+    device: torch.device,
 ) -> dict[str, float]:
-    """The largest relative error of each layer that has a reference; raises `WrongResultError`."""
+    """The largest relative error of each layer that has a reference, over numbers of tokens.
+
+    Raises `WrongResultError`.
+    """
     errors = {}
     for name, candidate in candidates.items():
         if candidate.exact is None:
             continue
         found = []
-        for count in CHECKED_TOKENS:
+        for count in counts:
             tokens = random_tokens(shape, count, seed + count, device, balanced=True)
             found.append(error_of(candidate, tokens))
         errors[name] = max(found)

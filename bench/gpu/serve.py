@@ -1,6 +1,7 @@
 """`vllm bench throughput` on the whole Qwen3-30B-A3B configuration, random weights, equal flags."""
 
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,24 @@ SETTINGS = BenchSettings(
 )
 
 
-def measure(*, seed: int = 0) -> dict[str, Any]:
-    """Output tokens per second of each model; a new engine for each, dense first."""
-    with tempfile.TemporaryDirectory(prefix="camera-gpu-") as folder:
-        runs = []
-        for number, (name, plan) in enumerate(PLANS.items()):
-            model = Path(folder) / f"model-{number}"
-            write_skeleton(model, plan, layers=LAYERS, vocab=VOCABULARY, seed=seed)
-            runs.append(bench_throughput(model, name, SETTINGS))
-            print(f"{name}: {runs[-1].output_tokens_per_second:.0f} output tokens/s", flush=True)
-    return {
+def measure(models: Sequence[str], *, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Output tokens per second of each of `PLANS` named; a new engine for each.
+
+    Yields the result after each, `left` naming those that are to come. Raises `VllmError`.
+    """
+    result: dict[str, Any] = {
         "shape": SHAPE,
         "settings": SETTINGS.model_dump(mode="json"),
-        "runs": [run.model_dump(mode="json") for run in runs],
+        "runs": [],
     }
+    with tempfile.TemporaryDirectory(prefix="camera-gpu-") as folder:
+        for number, name in enumerate(models):
+            model = Path(folder) / f"model-{number}"
+            write_skeleton(model, PLANS[name], layers=LAYERS, vocab=VOCABULARY, seed=seed)
+            run = bench_throughput(model, name, SETTINGS)
+            print(f"{name}: {run.output_tokens_per_second:.0f} output tokens/s", flush=True)
+            result["runs"].append(run.model_dump(mode="json"))
+            yield result | {"left": list(models[number + 1 :])}
 
 
 def write_skeleton(
@@ -69,10 +74,10 @@ def write_skeleton(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Output tokens per second, and the ratio to the dense model's."""
-    dense = result["runs"][0]["output_tokens_per_second"]
+    """Output tokens per second, and the ratio to the dense model's where that was measured."""
+    speeds = {run["model"]: run["output_tokens_per_second"] for run in result["runs"]}
+    dense = speeds.get("dense")
     return "\n".join(
-        f"{run['model']:>12}: {run['output_tokens_per_second']:8.0f} output tokens/s, "
-        f"{run['output_tokens_per_second'] / dense:.2f}x"
-        for run in result["runs"]
+        f"{name:>12}: {speed:8.0f} output tokens/s" + (f", {speed / dense:.2f}x" if dense else "")
+        for name, speed in speeds.items()
     )

@@ -30,6 +30,19 @@ def compare(runs: Mapping[str, Run], num_sets: int) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def median_seconds(run: Callable[[], object], rounds: int = 3) -> float:
+    """Of what takes seconds and was run before; from the GPU's first operation to its last."""
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)
+
+
 def ceilings(device: torch.device) -> dict[str, float]:
     """What this card reaches: bytes read and written per second, and bfloat16 products."""
     source = torch.empty(2**32, dtype=torch.uint8, device=device).random_()

@@ -5,17 +5,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench.gpu import analysis, baselines, layers, serve
-from bench.gpu.__main__ import main, parse_options
+from bench.gpu.__main__ import keep, main, parse_options
 from bench.gpu.layers import Candidate, WrongResultError, as_ragged, check_all, num_sets
-from bench.gpu.random_layers import ragged_layer, random_tokens, weight_bytes
+from bench.gpu.random_layers import Tokens, ragged_layer, random_tokens, weight_bytes
 from bench.shapes import SHAPES, Shape
 from bench.tune_triton import write_table
+from camera_serve.benchmark.report import ThroughputRun
 from camera_serve.kernels import RaggedTier, dense_rows, ragged_moe
 from camera_serve.kernels.triton import tuned
 from camera_serve.recipe import TierPlan
@@ -54,6 +58,75 @@ def test_results_go_to_a_file_of_their_piece() -> None:
     assert options.tokens == [1, 64] and options.shapes == ["mixtral-8x7b"]
 
 
+def test_every_measurement_is_on_disk_before_the_next(tmp_path: Path) -> None:
+    output, found = tmp_path / "results" / "gpu.json", []
+
+    def pieces() -> Iterator[dict[str, Any]]:
+        for number in range(3):
+            yield {"rows": list(range(number + 1)), "left": []}
+            found.append(json.loads(output.read_text())["rows"])
+
+    assert keep(pieces(), output, seconds=60)["rows"] == [0, 1, 2]
+    assert found == [[0], [0, 1], [0, 1, 2]]
+    assert json.loads(output.read_text())["environment"]["cores"] > 0
+
+
+def test_a_piece_ends_while_there_is_time_for_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("bench.gpu.__main__.time.monotonic", lambda: clock[0])
+
+    def pieces() -> Iterator[dict[str, Any]]:
+        for number, seconds in enumerate((20.0, 150.0, 10.0, 10.0)):
+            clock[0] += seconds
+            yield {"rows": number, "left": [str(n) for n in range(number + 1, 4)]}
+
+    # After 170 of 300 seconds, one that takes 150 again would be too much.
+    result = keep(pieces(), tmp_path / "gpu.json", seconds=300)
+    assert result == {"rows": 1, "left": ["2", "3"]}
+    assert clock[0] == 170.0
+
+
+def test_what_was_left_out_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run = {"model": "dense", "output_tokens_per_second": 100.0}
+    pieces = iter([{"runs": [run], "left": ["40% pruned", "2.25 bits"]}])
+    monkeypatch.setattr(serve, "measure", lambda models, seed: pieces)
+    assert main(["--only", "serve", "--output", str(tmp_path / "gpu.json")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "       dense:      100 output tokens/s, 1.00x",
+        "time is up; not measured: 40% pruned, 2.25 bits",
+    ]
+
+
+def test_serving_is_measured_with_cuda_graphs_model_by_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags, seen = serve.SETTINGS.engine_flags, []
+    assert "--enforce-eager" not in flags and flags[flags.index("--load-format") + 1] == "dummy"
+    captured = json.loads(flags[flags.index("--compilation-config") + 1])
+    assert captured["cudagraph_capture_sizes"][-1] == int(flags[flags.index("--max-num-seqs") + 1])
+
+    def bench(model: Path, name: str, settings: object) -> ThroughputRun:
+        config = json.loads((model / "config.json").read_text())
+        seen.append((name, config["num_hidden_layers"], "quantization_config" in config))
+        return ThroughputRun(
+            model=name, requests=8, seconds=1.0, output_tokens_per_second=50.0 * len(seen)
+        )
+
+    monkeypatch.setattr(serve, "bench_throughput", bench)
+    results = list(serve.measure(["dense", "40% pruned"]))
+    assert seen == [("dense", 48, False), ("40% pruned", 48, True)]
+    assert [len(result["runs"]) for result in results] == [2, 2]
+    assert [result["left"] for result in results] == [["40% pruned"], []]
+    assert serve.table(results[-1]).endswith("40% pruned:      100 output tokens/s, 2.00x")
+    alone = {"runs": [results[-1]["runs"][1]]}
+    assert serve.table(alone).endswith("40% pruned:      100 output tokens/s")
+
+
 def test_layers_weigh_what_their_plan_says() -> None:
     dense = weight_bytes(ragged_layer(TINY, TierPlan.parse("16:1"), 0, CPU))
     assert dense == 3 * 8 * 64 * 128 * 2
@@ -78,7 +151,7 @@ def test_tokens_go_to_experts_once_each() -> None:
 
 def test_a_layer_that_is_right_passes() -> None:
     candidates = {plan: reference_call(plan) for plan in ("16:1", "3:0.2,2:0.6,1:0.2")}
-    errors = check_all(TINY, candidates, 0, CPU)
+    errors = check_all(TINY, candidates, (1, 33), 0, CPU)
     assert errors.keys() == candidates.keys()
     assert all(0 < error < layers.TOLERANCE for error in errors.values())
 
@@ -88,7 +161,34 @@ def test_a_layer_that_is_wrong_is_not_timed(wrong: object) -> None:
     right = reference_call("16:1")
     broken = Candidate(lambda t: wrong(right.call(t)), right.bytes_, right.exact)
     with pytest.raises(WrongResultError, match="broken: relative error"):
-        check_all(TINY, {"right": right, "broken": broken}, 0, CPU)
+        check_all(TINY, {"right": right, "broken": broken}, (1,), 0, CPU)
+
+
+def test_every_number_of_tokens_is_checked_before_it_is_timed(
+    tiny: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: Callable[..., Tokens] = layers.random_tokens
+    monkeypatch.setattr(
+        layers,
+        "random_tokens",
+        lambda shape, count, seed, device, balanced: tokens(shape, count, seed, CPU, balanced=True),
+    )
+    monkeypatch.setattr(layers, "ceilings", lambda device: {})
+    monkeypatch.setattr(layers.baselines, "vllm_context", nullcontext)
+    monkeypatch.setattr(layers, "compare", lambda runs, sets: dict.fromkeys(runs, 7.0))
+    right = reference_call("16:1")
+    wrong_from_64 = Candidate(
+        lambda t: right.call(t) * (1 if len(t.x) < 64 else 2), right.bytes_, right.exact
+    )
+    monkeypatch.setattr(layers, "layers_of", lambda *_: {"ours": wrong_from_64})
+    pieces = layers.measure([analysis.SHAPE], [4, 64], balanced=True)
+    first = next(pieces)
+    (row,) = first["rows"]
+    assert (row["tokens"], row["microseconds"]) == (4, {"ours": 7.0})
+    assert 0 < row["errors"]["ours"] < layers.TOLERANCE
+    assert first["left"] == [f"{analysis.SHAPE} with 64 tokens"]
+    with pytest.raises(WrongResultError, match="ours: relative error"):
+        next(pieces)
 
 
 def test_dense_weights_are_read_as_vllm_lays_them_out() -> None:
@@ -139,8 +239,8 @@ def test_both_ways_to_the_energies_agree(tiny: Shape) -> None:
     tier = analysis.full_tier(tiny, 0, CPU)
     assert isinstance(tier, RaggedTier)
     batch = random_tokens(tiny, 64, 0, CPU, balanced=True)
-    ours = analysis.camera_energies(tier, analysis.shared_expert(tiny, CPU), batch, windows=2)
-    theirs = analysis.every_expert_on_every_token(tier, batch, windows=2)
+    ours = analysis.camera_energies(tier, analysis.shared_expert(tiny, CPU), batch, rounds=2)
+    theirs = analysis.every_expert_on_every_token(tier, batch, rounds=2)
     assert ours.shape == theirs.shape == (8 * 64,)
     assert (ours - theirs).norm() / theirs.norm() < analysis.AGREEMENT
 
@@ -174,7 +274,7 @@ candidates = {
     name: layers.ragged_candidate(random_layers.ragged_layer(TINY, plan, 0, CPU))
     for name, plan in plans.items()
 }
-print(layers.check_all(TINY, candidates, 0, CPU))
+print(layers.check_all(TINY, candidates, (1, 33), 0, CPU))
 """
 
 
