@@ -138,7 +138,10 @@ class CameraMoEMethod(MoEMethodBase):
         # Not at the top: without a GPU, Triton need not be there.
         from camera_serve.vllm_plugin import triton_moe
 
-        return triton_moe.pack(layer, rows, dtype)
+        experts = triton_moe.pack(layer, rows, dtype)
+        x = layer.w2_weight.new_zeros(_most_tokens(), layer.w2_weight.shape[1])
+        triton_moe.compile_kernels(experts, x, self.moe.experts_per_token, len(self._counts))
+        return experts
 
     def _rows(self, layer: "RoutedExperts") -> RaggedLayer:
         """The rows that were loaded, as views."""
@@ -212,6 +215,11 @@ class CameraMoEMethod(MoEMethodBase):
                 f"{self._prefix}: vLLM wants {layer.global_num_experts} experts, the checkpoint "
                 f"has {len(self._counts)}: fused shared or redundant experts are not supported"
             )
+
+
+def _most_tokens() -> int:
+    """Tokens of the largest batch the engine will make."""
+    return int(get_current_vllm_config().scheduler_config.max_num_batched_tokens)
 
 
 def _why_no_kernel(dtype: torch.dtype) -> str | None:

@@ -67,6 +67,20 @@ def pack(layer: nn.Module, rows: RaggedLayer, dtype: torch.dtype) -> Experts:
     )
 
 
+def compile_kernels(experts: Experts, x: torch.Tensor, top_k: int, num_experts: int) -> None:
+    """Compile what batches of up to as many tokens as x will need, or requests would wait for it.
+
+    Powers of two meet every row of the table of tile sizes: each reaches at least twice as far as
+    the one before.
+    """
+    count = 1
+    while count <= len(x):
+        slots = torch.arange(count * top_k, dtype=torch.int32, device=x.device)
+        ids = (slots % num_experts).view(count, top_k)
+        experts(x[:count], torch.ones(ids.shape, dtype=torch.float32, device=x.device), ids)
+        count *= 2
+
+
 def _triton_moe(
     x: torch.Tensor,
     top_k_weights: torch.Tensor,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -327,6 +328,12 @@ def test_the_table_is_chosen_from_by_slots_per_expert() -> None:
         assert choose(layer, bound * layer.num_experts, x) == Tiles(**TABLE["dense"][bound])
     assert choose(layer, 10**6, x) == Tiles(**TABLE["dense"][bounds[-1]])
     assert choose(layer, 10**6, x.float()) == Tiles(**TABLE["dense"][bounds[0]])
+
+
+def test_powers_of_two_meet_every_row_of_the_table() -> None:
+    for kind in TABLE.values():
+        bounds = sorted(kind)
+        assert all(after >= 2 * before for before, after in pairwise(bounds))
 
 
 class OnCard:

@@ -109,7 +109,11 @@ def moe_config(tp_size: int = 1, tp_rank: int = 0, *, eplb: bool = False) -> Any
     """What of vLLM's configuration of a layer is asked for."""
     parallel = SimpleNamespace(enable_eplb=eplb)
     return SimpleNamespace(
-        tp_size=tp_size, tp_rank=tp_rank, moe_parallel_config=parallel, in_dtype=torch.float32
+        tp_size=tp_size,
+        tp_rank=tp_rank,
+        moe_parallel_config=parallel,
+        in_dtype=torch.float32,
+        experts_per_token=2,
     )
 
 

@@ -52,10 +52,12 @@ class NvidiaGpu:
 
 
 @pytest.fixture(autouse=True)
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmConfig]:
     monkeypatch.setattr(moe, "current_platform", NvidiaGpu())
-    with set_current_vllm_config(VllmConfig()):
-        yield
+    config = VllmConfig()
+    config.scheduler_config.max_num_batched_tokens = 1
+    with set_current_vllm_config(config):
+        yield config
 
 
 @pytest.fixture
@@ -155,6 +157,27 @@ def test_weights_are_packed_where_they_were_loaded(experts: Experts) -> None:
     rows = zip(MIXED.bits, (sum(tier) for tier in zip(*COUNTS, strict=True)), strict=True)
     wanted = sum(3 * D_MODEL * count * stored[bits] for bits, count in rows)
     assert sum(parameter.nbytes for parameter in held.values()) * 8 == wanted
+
+
+@here
+def test_kernels_are_compiled_before_requests_come(
+    experts: Experts, on_a_gpu: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from camera_serve.vllm_plugin import triton_moe
+
+    called = []
+    run = triton_moe.ragged_moe
+
+    def counted(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, layer: Any) -> Any:
+        called.append((tuple(x.shape), tuple(ids.shape), ids.dtype, weights.dtype))
+        return run(x, weights, ids, layer)
+
+    monkeypatch.setattr(triton_moe, "ragged_moe", counted)
+    on_a_gpu.scheduler_config.max_num_batched_tokens = 5
+    loaded_layer(experts)
+    # Up to the engine's 5 tokens, with ids and weights as vLLM gives them.
+    kinds = (torch.int32, torch.float32)
+    assert called == [((n, D_MODEL), (n, 2), *kinds) for n in (1, 2, 4)]
 
 
 @here
