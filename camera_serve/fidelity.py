@@ -10,7 +10,7 @@ from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.hf.experts import put_experts
 from camera_serve.progress import OnProgress, Reporter
 from camera_serve.recipe import Calibration
-from camera_serve.streaming import ModelStream
+from camera_serve.streaming import ModelStream, StreamedLayer
 
 
 class _Comparison(nn.Module):
@@ -49,17 +49,30 @@ def output_errors(
     hidden = stream.embed(tokens)
     errors: dict[int, float] = {}
     report("compare outputs", 0)
-    for layer in range(stream.structure.num_layers):
-        loaded = stream.load(layer)
-        if loaded.experts is not None:
-            loaded.use_experts(loaded.experts)
-            comparison = _compare(loaded.module.mlp, compressed, layer)
-            loaded.module.mlp = comparison
-        hidden = stream.run(layer, loaded, hidden)
-        if loaded.experts is not None:
-            errors[layer] = (comparison.error / max(comparison.energy, 1e-300)) ** 0.5
-        report("compare outputs", layer + 1)
+    with stream.loading(range(stream.structure.num_layers)) as load:
+        for layer in range(stream.structure.num_layers):
+            error, hidden = _layer_error(stream, compressed, layer, load(), hidden)
+            if error is not None:
+                errors[layer] = error
+            report("compare outputs", layer + 1)
     return errors
+
+
+def _layer_error(
+    stream: ModelStream,
+    compressed: Checkpoint,
+    layer: int,
+    loaded: StreamedLayer,
+    hidden: torch.Tensor,
+) -> tuple[float | None, torch.Tensor]:
+    """The error of a layer's MoE, None where it is dense, and the original layer's output."""
+    if loaded.experts is None:
+        return None, stream.run(layer, loaded, hidden)
+    loaded.use_experts(loaded.experts)
+    comparison = _compare(loaded.module.mlp, compressed, layer)
+    loaded.module.mlp = comparison
+    hidden = stream.run(layer, loaded, hidden)
+    return (comparison.error / max(comparison.energy, 1e-300)) ** 0.5, hidden
 
 
 def _compare(mlp: nn.Module, compressed: Checkpoint, layer: int) -> _Comparison:
