@@ -102,14 +102,14 @@ def _flattened(gate_up: torch.Tensor, down: torch.Tensor, offsets: tuple[int, ..
 
 
 def _hessians(inputs: RoutedInputs, experts: range) -> torch.Tensor:
-    own = (inputs.of(expert, CPU) for expert in experts)
+    own = (inputs.x[inputs.tokens[expert]].float() for expert in experts)
     return torch.stack([x.T @ x for x in own])
 
 
 def _activation_hessians(gate_up: torch.Tensor, inputs: RoutedInputs) -> torch.Tensor:
     hessians = []
     for expert, weights in enumerate(gate_up):
-        x, (gate, up) = inputs.of(expert, CPU), weights.chunk(2)
+        x, (gate, up) = inputs.x[inputs.tokens[expert]].float(), weights.chunk(2)
         activations = functional.silu(x @ gate.T) * (x @ up.T)
         hessians.append(activations.T @ activations)
     return torch.stack(hessians)

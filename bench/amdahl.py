@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -23,6 +24,8 @@ from bench.contestants import name_of
 from bench.kernel_report import Cell, KernelReport
 from bench.kernels import RESULTS as KERNELS
 from bench.kernels import SHAPE
+from bench.moe_inputs import Routing
+from bench.shapes import SHAPES
 from camera_serve.benchmark.report import BenchedModel, BenchReport, median
 from camera_serve.benchmark.settings import Load
 from camera_serve.checkpoint.reader import read_json
@@ -56,19 +59,25 @@ def main() -> int:
     """Print the gains; a mistake of the user ends with one line."""
     options = _parse_options()
     try:
-        found = list(gains(_served(options.served), KernelReport.read(options.kernels)))
+        kernels = KernelReport.read(options.kernels).only(
+            shape=[options.shape], routing=[options.routing]
+        )
+        found = list(gains(_served(options.served), kernels))
     except (CameraError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    Console().print(_table(found))
+    Console().print(_table(found, f"layers of {options.shape}, {options.routing} routing"))
     return 0
 
 
 def gains(served: BenchReport, kernels: KernelReport) -> Iterator[Gain]:
     """Every compressed model under every load of so many requests at once.
 
-    Raises `CameraError` when a model or a time is missing that this needs.
+    kernels: of the layer's shape and routing that was served, and of no other. Raises `CameraError`
+    when a model or a time is missing that this needs.
     """
+    if served.settings.threads is None:
+        raise CameraError("the models were served on all cores: serve them with --threads N")
     dense, *others = served.models
     rest = _rest(others)
     for load in served.settings.loads:
@@ -114,16 +123,16 @@ def _layer_gain(
     settings = served.settings
 
     def wave(name: str | None) -> float:
-        cells = _cells(kernels, settings.threads or 1, name)
+        cells = _cells(kernels, settings.threads, name)
         prompts = _seconds(cells, concurrency * settings.input_len)
         return prompts + (settings.output_len - 1) * _seconds(cells, concurrency)
 
     return wave(None) / wave(ours)
 
 
-def _cells(kernels: KernelReport, threads: int, name: str | None) -> list[Cell]:
+def _cells(kernels: KernelReport, threads: int | None, name: str | None) -> list[Cell]:
     """The cells of one kernel by rising number of tokens; None: of the fastest dense one."""
-    here = kernels.only(shape=[SHAPE], routing=["even"], threads=[threads])
+    here = kernels.only(threads=[] if threads is None else [threads])
     if name is None:
         dense = [cell for cell in here.cells if cell.kind == "dense"]
         found = [here.dense(place) for place in dict.fromkeys(cell.place for cell in dense)]
@@ -131,7 +140,7 @@ def _cells(kernels: KernelReport, threads: int, name: str | None) -> list[Cell]:
         found = [cell for cell in here.cells if cell.contestant == name]
     if not found:
         raise CameraError(
-            f"no times of {name or 'dense kernels'} on {SHAPE} with {threads} threads: run "
+            f"no times of {name or 'dense kernels'} on this layer with {threads} threads: run "
             f"`python -m bench.kernels --threads {threads}` with that plan"
         )
     return sorted(found, key=lambda cell: cell.place.tokens)
@@ -147,8 +156,9 @@ def _seconds(cells: list[Cell], tokens: int) -> float:
     raise CameraError(f"{tokens} tokens are outside of what was timed, {measured}: time more")
 
 
-def _table(found: list[Gain]) -> Table:
-    table = Table("at once", "model", "MoE's share", "layer", "allowed", "measured", "of allowed")
+def _table(found: list[Gain], title: str) -> Table:
+    columns = ("at once", "model", "MoE's share", "layer", "allowed", "measured", "of allowed")
+    table = Table(*columns, title=title)
     for gain in found:
         table.add_row(
             str(gain.load.concurrency),
@@ -175,6 +185,13 @@ def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.amdahl")
     parser.add_argument("served", type=Path, help="result of `camera-serve bench`")
     parser.add_argument("--kernels", type=Path, default=KERNELS)
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPE, help="that was served")
+    parser.add_argument(
+        "--routing",
+        choices=get_args(Routing),
+        default="even",
+        help="even for models of `bench.shapes --balanced`",
+    )
     return parser.parse_args()
 
 

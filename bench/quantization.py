@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="only put the stored table there")
     options = parser.parse_args()
     if options.readme:
-        put_in_readme("quantization", render(json.loads(options.output.read_text())))
+        put_in_readme("quantization", render(stored(options.output)))
         return
     torch.set_num_threads(options.threads)
     calibration = Calibration(source=str(reference.CALIBRATION), samples=options.samples)
@@ -150,6 +150,14 @@ def _cells(text: dict[str, float]) -> tuple[str, str]:
     return f"{text['perplexity']:.2f} ({change})", f"{text['divergence']:.4f} ({above})"
 
 
+def stored(path: Path) -> dict[str, Any]:
+    """A result that this version of the bench can read."""
+    result: dict[str, Any] = json.loads(path.read_text())
+    if result["version"] != RESULT_VERSION:
+        raise SystemExit(f"{path} has version {result['version']}, wanted {RESULT_VERSION}")
+    return result
+
+
 def render(result: dict[str, Any]) -> str:
     """The stored figures as a Markdown table, one line per method."""
     texts = list(result["tokens"])
@@ -170,7 +178,8 @@ def render(result: dict[str, Any]) -> str:
             f"Perplexity of `bench/reference_moe/model` ({tokens}; {result['samples']} calibration "
             f"windows), and the divergence (KL, nats per token) of its predictions from the dense "
             f"model's; in brackets the change against {BASE} with its paired standard error. "
-            f"{found['cpu']}, torch {found['torch']}, transformers {found['transformers']}.",
+            f"{found['cpu']}, torch {found['torch']}, transformers {found['transformers']}, "
+            f"commit {found['commit']}.",
         ]
     )
 

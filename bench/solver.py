@@ -45,11 +45,11 @@ def main() -> None:
     for _ in range(ROUNDS):
         times["camera-serve"].append(_timed(lambda: _ours(gate_up, down, hessians)))
         times["auto-gptq"].append(_timed(lambda: _theirs(solver, gate_up, down, hessians)))
-    ratio = statistics.median(times["auto-gptq"]) / statistics.median(times["camera-serve"])
-    result = {"version": 1, "environment": environment(), "seconds": times, "ratio": ratio}
+    ratios = [a / b for a, b in zip(times["auto-gptq"], times["camera-serve"], strict=True)]
+    result = {"version": 2, "environment": environment(), "seconds": times, "ratios": ratios}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"auto-gptq / camera-serve, median of {ROUNDS}: {ratio:.2f}")
+    print(f"auto-gptq / camera-serve, median of {ROUNDS}: {statistics.median(ratios):.2f}")
 
 
 def _hessian(columns: int, generator: torch.Generator) -> torch.Tensor:

@@ -86,16 +86,16 @@ class _Runs:
     latency: list[LatencyRun] = field(default_factory=list)
 
     def visit(self, path: Path, name: str, repeat: int) -> None:
-        """Serve a model and measure it; throughput and latency on the first visit only."""
+        """Serve a model and measure it in every mode."""
         modes = self.settings.modes
         if "serve" in modes:
             self.on_step("  vllm serve")
             with served(path, *self.settings.engine_flags, env=self.settings.environment) as server:
                 self._ask(server, path, name, repeat)
-        if "throughput" in modes and repeat == 0:
+        if "throughput" in modes:
             self.on_step("  vllm bench throughput")
             self.throughput.append(bench_throughput(path, name, self.settings))
-        if "latency" in modes and repeat == 0:
+        if "latency" in modes:
             self.on_step("  vllm bench latency")
             self.latency.append(bench_latency(path, name, self.settings))
 

@@ -48,7 +48,7 @@ def _split_modes(ctx: click.Context, option: click.Parameter, text: str) -> tupl
     show_default=True,
     help="The JSON file to write.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the JSON file if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace the JSON file and the plot if they exist.")
 @click.option(
     "--plot",
     type=click.Path(path_type=Path),
@@ -133,6 +133,7 @@ def bench(
     if plot:
         if "serve" not in settings.modes:
             raise click.UsageError("--plot draws what --modes serve measures: add it.")
+        _check_output(plot, overwrite)
         require_plots()
     try:
         report = run(models, settings, on_step=lambda step: click.echo(step, err=True))
@@ -150,7 +151,7 @@ def bench(
 def _check_output(output: Path, overwrite: bool) -> None:
     """Before an hour of work, not after it."""
     if output.exists() and not (overwrite and output.is_file()):
-        raise Failure(f"{output} exists: name another file with -o, or replace it with --overwrite")
+        raise Failure(f"{output} exists: name another file, or replace it with --overwrite")
     if not output.absolute().parent.is_dir():
         raise Failure(f"{output} cannot be written: there is no folder {output.parent}")
 

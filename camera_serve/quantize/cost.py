@@ -40,10 +40,10 @@ class SolveSize:
     def expert_bytes(self) -> int:
         """Float32 memory of one expert's solve, at the largest of its four stages.
 
-        Factoring holds the Hessian, its damped copy and two matrices of their size; the column
-        loop holds the Hessian and its factor. Beside them are the expert's own weights and, from
-        the loop on, what is quantized, its codes and the update of later columns. Fitting the
-        grids of a block takes the last term.
+        Factoring holds the Hessian, its damped copy, the factor, and at most as much again inside
+        the library that factors; the column loop holds the Hessian and its factor. Beside them are
+        the expert's own weights and, from the loop on, what is quantized, its codes and the update
+        of later columns. Fitting the grids of a block takes the last term.
         """
         weights = self.width * self.d_model
         gate_up = max(4 * self.d_model**2 + 3 * weights, 2 * self.d_model**2 + 8 * weights)

@@ -33,12 +33,8 @@ class RoutedInputs:
     x: torch.Tensor
     tokens: tuple[torch.Tensor, ...]
 
-    def of(self, expert: int, device: torch.device) -> torch.Tensor:
-        """The inputs of one expert, float32 `[num_tokens_e, d_model]`."""
-        return self.x[self.tokens[expert]].to(device, torch.float32)
-
     def batches(self, expert: int, size: SolveSize, device: torch.device) -> Iterator[torch.Tensor]:
-        """The same, some tokens at a time: a shared expert sees all of them."""
+        """One expert's inputs, float32, some tokens at a time: a shared expert sees all of them."""
         for tokens in self.tokens[expert].split(size.tokens_at_once):
             yield self.x[tokens].to(device, torch.float32)
 
@@ -93,7 +89,8 @@ class QuantizedRows:
 class QuantizedExpert:
     """The packed tiers of one expert.
 
-    rounded: it saw fewer than `MIN_TOKENS` tokens.
+    rounded: to nearest, because it saw fewer than `MIN_TOKENS` tokens, or because what it saw gives
+    no Hessian that could be factored.
     """
 
     expert: int
@@ -128,8 +125,8 @@ def quantize_experts(
         solved = _solve(batch, inputs, size)
         # Or the next chunk would be loaded beside this one.
         del batch
-        for expert, quantized in zip(chunk, solved, strict=True):
-            yield QuantizedExpert(expert, quantized, seen[expert] < MIN_TOKENS)
+        for expert, (quantized, failed) in zip(chunk, solved, strict=True):
+            yield QuantizedExpert(expert, quantized, failed or seen[expert] < MIN_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -178,8 +175,8 @@ def _chunks(widths: list[int], size: SolveSize) -> Iterator[list[int]]:
 
 def _solve(
     batch: _Batch, inputs: RoutedInputs, size: SolveSize
-) -> list[dict[Projection, QuantizedRows]]:
-    """The quantized rows of each expert of a batch."""
+) -> list[tuple[dict[Projection, QuantizedRows], bool]]:
+    """The quantized rows of each expert of a batch, and whether a Hessian of it failed."""
     levels, width = batch.levels.repeat(1, 2), batch.down.shape[1]
     hessians = _hessians(batch, inputs, size, size.d_model, lambda _, x: x)
     gate_up = solve_along_columns(batch.gate_up, hessians, levels, size.group_size)
@@ -200,8 +197,9 @@ def _solve(
         "up": _rows(up_codes, up_scale, up_zero, batch.widths),
         "down": _rows(down.codes.transpose(1, 2), down.scale, down.zero, batch.widths),
     }
+    failed = (gate_up.failed | down.failed).tolist()
     return [
-        {projection: rows[slot] for projection, rows in by_projection.items()}
+        ({projection: rows[slot] for projection, rows in by_projection.items()}, failed[slot])
         for slot in range(len(batch.widths))
     ]
 

@@ -4,6 +4,7 @@ The loop is that of Frantar et al. (arXiv 2210.17323, Algorithm 1), batched over
 quantizes one column of every matrix and spreads its error over the columns still to come.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ INNER_BLOCK = 32
 is touched."""
 
 DAMPING = 0.01
-"""Share of the mean diagonal that is added to a Hessian before it is inverted, as AutoGPTQ does."""
+"""Share of the mean diagonal that is added to a Hessian before it is factored, as AutoGPTQ does."""
 
 RETRIES = 3
 
@@ -28,17 +29,22 @@ FitGrid = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Grid]
 class Solution:
     """Quantized matrices. codes: uint8, dequantized: float32, both of the weights' shape.
 
-    scale, zero: one entry per group, in the order their solver states.
+    scale, zero: one entry per group, in the order their solver states. failed: bool `[batch]`, the
+    Hessian could not be factored, so that every weight was rounded to nearest.
     """
 
     codes: torch.Tensor
     dequantized: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
+    failed: torch.Tensor
 
 
 QuantizeColumn = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""`(column, weights [batch, rows], rest of the block) -> (codes, dequantized)`, both as weights."""
+"""`(column, weights, group) -> (codes, dequantized)`, both as weights: `[batch, rows]`.
+
+group: `[batch, columns, rows]`, the weights of the columns of a group from this one on.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,14 @@ class Feedback:
 
     factor: float32 `[batch, columns, columns]`, upper with a unit diagonal: column j makes up for
     what column i lost with `factor[i, j]` of it; pivots: `[batch, columns]`, the loss per squared
-    error that the columns after it cannot make up for; dead: `[batch, columns]`, saw no input.
+    error that the columns after it cannot make up for; dead: `[batch, columns]`, saw no input;
+    failed: `[batch]`, could not be factored: nothing is spread.
     """
 
     factor: torch.Tensor
     pivots: torch.Tensor
     dead: torch.Tensor
+    failed: torch.Tensor
 
 
 def feedback_of(hessians: torch.Tensor, widths: Sequence[int] | None = None) -> Feedback:
@@ -86,7 +94,8 @@ def feedback_of(hessians: torch.Tensor, widths: Sequence[int] | None = None) -> 
     factor[failed > 0] = torch.eye(len(factor[0])).to(factor)
     roots = factor.diagonal(dim1=1, dim2=2).clone()
     factor /= roots[:, None]
-    return Feedback(factor.flip(1, 2), roots.square().flip(1), dead.flip(1))
+    pivots = roots.square().masked_fill_(dead, 0)
+    return Feedback(factor.flip(1, 2), pivots.flip(1), dead.flip(1), failed > 0)
 
 
 def solve_along_columns(
@@ -120,7 +129,7 @@ def solve_along_columns(
     codes, dequantized = _columns(weights, feedback, quantize, group_size)
     scale = torch.cat([grid.scale for grid in grids], dim=-1)
     zero = torch.cat([grid.zero for grid in grids], dim=-1)
-    return Solution(codes, dequantized, scale, zero)
+    return Solution(codes, dequantized, scale, zero, feedback.failed)
 
 
 def solve_along_rows(
@@ -152,7 +161,7 @@ def solve_along_rows(
     codes, dequantized = _columns(weights, feedback, quantize, BLOCK)
     scale = torch.stack([grid.scale for grid in grids], dim=1)
     zero = torch.stack([grid.zero for grid in grids], dim=1)
-    return Solution(codes, dequantized, scale, zero)
+    return Solution(codes, dequantized, scale, zero, feedback.failed)
 
 
 def _made_up(
@@ -180,7 +189,10 @@ def _columns(
     original = weights.transpose(1, 2)
     rest = original.clone(memory_format=torch.contiguous_format)
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
-    for start, end in _blocks(0, rest.shape[1], BLOCK):
+    # Whole groups, or a group's grid would be fitted before all columns before it were made up for.
+    whole_groups = math.lcm(INNER_BLOCK, group_size)
+    block = max(whole_groups, BLOCK // whole_groups * whole_groups)
+    for start, end in _blocks(0, rest.shape[1], block):
         # Holds the weights of the block, and as each is quantized, what was lost of it.
         losses = original[:, start:end].clone(memory_format=torch.contiguous_format)
         for first, last in _blocks(start, end, INNER_BLOCK):

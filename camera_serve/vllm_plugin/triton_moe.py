@@ -70,15 +70,13 @@ def pack(layer: nn.Module, rows: RaggedLayer, dtype: torch.dtype) -> Experts:
 def compile_kernels(experts: Experts, x: torch.Tensor, top_k: int, num_experts: int) -> None:
     """Compile what batches of up to as many tokens as x will need, or requests would wait for it.
 
-    Powers of two meet every row of the table of tile sizes: each reaches at least twice as far as
-    the one before.
+    Powers of two, and the most there can be, meet every row of the table of tile sizes: each row
+    reaches at least twice as far as the one before.
     """
-    count = 1
-    while count <= len(x):
+    for count in (*(2**n for n in range(len(x).bit_length() - 1)), len(x)):
         slots = torch.arange(count * top_k, dtype=torch.int32, device=x.device)
         ids = (slots % num_experts).view(count, top_k)
         experts(x[:count], torch.ones(ids.shape, dtype=torch.float32, device=x.device), ids)
-        count *= 2
 
 
 def _triton_moe(

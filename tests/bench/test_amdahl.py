@@ -100,10 +100,14 @@ def test_amdahl_s_law_over_prompts_and_single_tokens() -> None:
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(CameraError, match=r"no model has 98% .* pruned: serve one more"):
         list(gains(served(*MODELS[:2]), kernels(*CELLS)))
-    with pytest.raises(CameraError, match="no times of λ = 40% on qwen3-30b-a3b with 2 threads"):
+    with pytest.raises(CameraError, match="no times of λ = 40% on this layer with 2 threads"):
         list(gains(served(*MODELS), kernels(*CELLS[:4])))
     with pytest.raises(CameraError, match="20 tokens are outside of what was timed, 1 to 3"):
         list(gains(served(*MODELS), kernels(*CELLS[:2], *CELLS[4:])))
+    everywhere = served(*MODELS)
+    settings = everywhere.settings.model_copy(update={"threads": None})
+    with pytest.raises(CameraError, match="served on all cores: serve them with --threads N"):
+        list(gains(everywhere.model_copy(update={"settings": settings}), kernels(*CELLS)))
 
 
 def test_the_table_sets_measured_beside_allowed(

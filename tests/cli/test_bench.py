@@ -54,7 +54,7 @@ def test_defaults_are_two_passes_of_one_and_sixteen_at_once(
     assert run("bench", models[0]).exit_code == 0
     report = BenchReport.model_validate_json(Path("camera_bench.json").read_text())
     assert report.settings.concurrencies == (1, 16) and report.settings.repeats == 2
-    assert len(report.serving) == 4 and len(report.throughput) == len(report.latency) == 1
+    assert len(report.serving) == 4 and len(report.throughput) == len(report.latency) == 2
 
 
 def test_an_existing_report_is_refused_before_the_work_and_replaced_on_demand(
@@ -69,6 +69,22 @@ def test_an_existing_report_is_refused_before_the_work_and_replaced_on_demand(
     assert json.loads(output.read_text())["version"] == 1
     nowhere = run("bench", models[0], "-o", tmp_path / "no" / "out.json", *SERVE)
     assert nowhere.exit_code == 1 and "there is no folder" in nowhere.stderr
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
+    run: Run,
+    command: Path,
+    models: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("camera_serve.benchmark.plot.require_plots", lambda: None)
+    mine = tmp_path / "mine.png"
+    mine.write_text("mine")
+    for plot, problem in ((mine, "exists"), (tmp_path / "no" / "p.png", "there is no folder")):
+        refused = run("bench", models[0], "-o", tmp_path / "out.json", "--plot", plot, *SERVE)
+        assert refused.exit_code == 1 and problem in refused.stderr
+    assert fake_vllm.calls(command) == []
 
 
 def test_a_dying_server_gives_its_last_words_and_one_line(

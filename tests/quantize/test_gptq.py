@@ -141,13 +141,53 @@ def test_a_batch_gives_what_each_matrix_gives_alone() -> None:
         assert (together.codes[one] != alone.codes).float().mean() < 1e-3
 
 
-def test_dead_columns_become_zero_and_harm_nothing() -> None:
-    weights, hessians = problem("dead columns")
+@pytest.mark.parametrize("solve", [solve_along_columns, solve_along_rows])
+def test_what_dead_columns_weigh_does_not_matter(solve: Any) -> None:
+    weights, hessians = problem("dead columns", rows=128)
     dead = feedback_of(hessians).dead
     assert dead[:, ::7].all() and dead.sum() == 3 * len(range(0, 256, 7))
+    levels = torch.full((3, 256 if solve is solve_along_rows else 128), 3.0)
+    huge = weights.masked_fill(dead[:, None], 1e3)
+    ours = [solve(w, hessians, levels, 128) for w in (weights, huge)]
+    assert ours[0].codes.equal(ours[1].codes) and ours[0].scale.equal(ours[1].scale)
+    assert ours[0].dequantized.isfinite().all()
+
+
+def test_dead_columns_have_no_weight_in_a_grid_s_fit() -> None:
+    weights, hessians = problem("dead columns")
+    weighed: list[torch.Tensor] = []
+
+    def fit(values: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor) -> Grid:
+        weighed.append(importance.flatten(1))
+        return fit_grid(values, levels, importance)
+
     levels = torch.full(weights.shape[:2], 3.0)
-    solved = solve_along_columns(weights, hessians, levels, 128)
-    assert solved.dequantized.isfinite().all()
+    solve_along_columns(weights, hessians, levels, 128, fit)
+    assert (torch.cat(weighed, dim=1) == 0).equal(feedback_of(hessians).dead)
+
+
+@pytest.mark.parametrize("group", [32, 64, 96, 128, 192, 384])
+def test_a_grid_is_fitted_to_what_best_makes_up_for_the_columns_before(group: int) -> None:
+    weights, hessians = problem("ill-conditioned", rows=4, columns=384)
+    fitted: list[torch.Tensor] = []
+
+    def fit(values: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor) -> Grid:
+        fitted.append(values.flatten(2))
+        return fit_grid(values, levels, importance)
+
+    levels = torch.full(weights.shape[:2], 3.0)
+    solved = solve_along_columns(weights, hessians, levels, group, fit).dequantized.double()
+    damped = hessians.double()
+    diagonal = damped.diagonal(dim1=1, dim2=2)
+    diagonal += 0.01 * diagonal.mean(1, keepdim=True)
+    for start, found in zip(range(group, 384, group), fitted[1:], strict=True):
+        lost = weights[..., :start].double() - solved[..., :start]
+        # Least squares over all columns still free, of which the group is the first.
+        inverse = torch.linalg.inv(damped[:, start:, start:])
+        best = weights[..., start:] + lost @ damped[:, :start, start:] @ inverse
+        wanted = best[..., :group]
+        # Float32 sums over a Hessian of condition 1e2 after damping.
+        assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
 def test_an_indefinite_hessian_is_damped_until_it_can_be_solved() -> None:
@@ -156,7 +196,9 @@ def test_an_indefinite_hessian_is_damped_until_it_can_be_solved() -> None:
     bad[0, 1] = bad[1, 0] = 3.0
     hopeless = torch.eye(64)
     hopeless[0, 1] = hopeless[1, 0] = 1e4
-    factor = feedback_of(torch.stack([good, bad, hopeless])).factor
+    feedback = feedback_of(torch.stack([good, bad, hopeless]))
+    factor = feedback.factor
+    assert feedback.failed.tolist() == [False, False, True]
     assert factor.isfinite().all()
     assert factor[0].equal(feedback_of(good[None]).factor[0])
     assert factor[2].equal(torch.eye(64))

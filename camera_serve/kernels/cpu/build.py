@@ -54,10 +54,15 @@ def shared_library() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
+    """Where compiled kernels are kept; raises `KernelBuildError` for a user without a home."""
     if chosen := os.environ.get("CAMERA_SERVE_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "camera-serve"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "camera-serve"
+    except RuntimeError as error:
+        raise KernelBuildError(
+            f"{error}: name a folder for the compiled CPU kernel in CAMERA_SERVE_CACHE"
+        ) from error
 
 
 def find_compiler() -> list[str]:
@@ -65,7 +70,7 @@ def find_compiler() -> list[str]:
     names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
     for name in names:
         command = shlex.split(name)
-        if found := shutil.which(command[0]):
+        if command and (found := shutil.which(command[0])):
             return [found, *command[1:]]
     raise KernelBuildError(
         f"no C++ compiler found (looked for {', '.join(names)}): the CPU kernel is compiled at "
