@@ -19,7 +19,7 @@ def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho too old >&2\nexit 3\n")
     compiler.chmod(0o755)
-    with pytest.raises(KernelBuildError, match="failed with code 3: (.|\n)*too old"):
+    with pytest.raises(KernelBuildError, match=r"failed with code 3: (.|\n)*too old"):
         compile_library([str(compiler)], tmp_path)
 
 
