@@ -5,6 +5,7 @@
 64 experts, d_model 1024, d_ff 512, 2 bits, the same Hessians; alternating runs, medians.
 """
 
+import argparse
 import importlib
 import json
 import statistics
@@ -36,6 +37,10 @@ def auto_gptq_solver() -> Any:
 
 def main() -> None:
     """Time both in turn, print the ratio and store it."""
+    argparse.ArgumentParser(
+        prog="python -m bench.solver",
+        description=f"Our GPTQ solver against AutoGPTQ's on one layer of {EXPERTS} experts.",
+    ).parse_args()
     generator = torch.Generator().manual_seed(0)
     gate_up = torch.randn(EXPERTS, 2 * D_FF, D_MODEL, generator=generator) * 0.02
     down = torch.randn(EXPERTS, D_MODEL, D_FF, generator=generator) * 0.02
