@@ -173,6 +173,8 @@ def _table(found: list[Gain], title: str) -> Table:
 
 
 def _served(path: Path) -> BenchReport:
+    if not path.exists():
+        raise CameraError(f"{path} is missing: run `camera-serve bench` first")
     try:
         return BenchReport.model_validate(read_json(path))
     except ValidationError as error:

@@ -42,7 +42,7 @@ class LayerVerification:
 class Verification:
     """What was checked and found right.
 
-    `layers` is empty when there was no original to compare, and where tiers are packed: codes do
+    `layers` is empty when there was no original to compare, and where tiers are `packed`: codes do
     not tell which micro-expert of the original they stand for.
     """
 
@@ -50,6 +50,7 @@ class Verification:
     against: Path | None
     num_tensors: int
     total_bytes: int
+    packed: bool
     layers: tuple[LayerVerification, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -59,6 +60,7 @@ class Verification:
             "against": str(self.against) if self.against else None,
             "num_tensors": self.num_tensors,
             "total_bytes": self.total_bytes,
+            "packed": self.packed,
             "layers": [asdict(layer) | {"num_dropped": layer.num_dropped} for layer in self.layers],
         }
 
@@ -94,7 +96,12 @@ def verify(
             layers += [compared] if min(bits) == 16 else []
         report("verify", done)
     return Verification(
-        path, against, len(checkpoint.entries), checkpoint.total_bytes, tuple(layers)
+        path=path,
+        against=against,
+        num_tensors=len(checkpoint.entries),
+        total_bytes=checkpoint.total_bytes,
+        packed=min(bits) < 16,
+        layers=tuple(layers),
     )
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from camera_serve.cli.failures import Failure
 from camera_serve.cli.formatting import human_bytes, percent, table
 from camera_serve.cli.options import json_option, validated
 from camera_serve.cli.progress import shown_progress
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
     from camera_serve.recipe import Calibration
     from camera_serve.verification import LayerVerification, Verification
+
+WRONG = 2.0
+"""Relative output error that no compression makes: a layer without experts is off by 1."""
 
 
 @click.command(short_help="Check a checkpoint against its config and the original model.")
@@ -65,6 +69,16 @@ def verify(
         if errors:
             rows: list[tuple[object, ...]] = [(n, percent(e)) for n, e in errors.items()]
             click.echo("\n" + table(("layer", "output error"), rows))
+    _refuse_wrong_outputs(errors)
+
+
+def _refuse_wrong_outputs(errors: dict[int, float]) -> None:
+    # Written so that NaN is refused too.
+    if wrong := [layer for layer, error in errors.items() if not error < WRONG]:
+        raise Failure(
+            f"layer {wrong[0]} is off by {percent(errors[wrong[0]])} of its output, and a layer "
+            "without experts would be off by 100%: these are not the original's; compress it again"
+        )
 
 
 def _output_errors(model: "Path", original: "Path", text: "Calibration") -> dict[int, float]:
@@ -85,8 +99,11 @@ def _report(verification: "Verification") -> str:
     )
     if verification.against is None:
         return checked
-    if not verification.layers:
-        return f"{checked}\nOK: every tensor outside the experts is byte-equal"
+    if verification.packed:
+        return (
+            f"{checked}\nOK: every tensor outside the experts is byte-equal; packed micro-experts "
+            "are compared by what they put out, with --calibration TEXT"
+        )
     header = ("layer", "dropped", "of", "share", "empty experts")
     rows = [_row(layer) for layer in verification.layers]
     equal = (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
@@ -29,10 +30,15 @@ _CPU_ROUTINGS = (f"{_FUSED_MOE}.cpu_fused_moe", f"{_FUSED_MOE}.experts.cpu_moe")
 class MoEMethodBase(FusedMoEMethodBase):
     """vLLM's MoE method, where `apply` is all that a subclass needs in any version."""
 
+    def __init__(self, moe: FusedMoEConfig) -> None:
+        super().__init__(moe)
+        # Asked once: torch.compile warns of cached functions in what it traces.
+        self._routes_itself = _routes_itself()
+
     @property
     def is_monolithic(self) -> bool:
         """Whether vLLM leaves the routing to the method."""
-        return _routes_itself()
+        return self._routes_itself
 
     def apply_monolithic(
         self,

@@ -23,7 +23,7 @@ from camera_serve.vllm_plugin.compat import hub_shapes
 from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
 from camera_serve.vllm_plugin.loading import check_folder, check_hub_model
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
-from camera_serve.vllm_plugin.packed_linear import PackedDownMethod, PackedGateUpMethod
+from camera_serve.vllm_plugin.packed_linear import PackedLinearMethod
 
 
 class CameraConfig(QuantizationConfig):
@@ -97,8 +97,7 @@ class CameraConfig(QuantizationConfig):
         if name and name == self._family.shared_name and moe_prefix in self.quantization.layers:
             shared = self.quantization.layout(moe_prefix).shared
             if min(self.quantization.bits) < 16:
-                packed = {"gate_up_proj": PackedGateUpMethod, "down_proj": PackedDownMethod}
-                return packed[linear](shared, self.quantization.tiers, module)
+                return PackedLinearMethod(shared, self.quantization.tiers, module, linear)
             method = {"gate_up_proj": SharedGateUpMethod, "down_proj": SharedDownMethod}[linear]
             return method(shared, module)
         return UnquantizedLinearMethod()

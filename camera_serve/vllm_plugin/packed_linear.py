@@ -1,13 +1,15 @@
-"""Shared experts with packed tiers in vLLM: linear layers that dequantize their own rows."""
+"""Shared experts with packed tiers in vLLM: linear layers that dequantize their rows once loaded.
+
+Every token goes through them, and dequantizing at every call took 80 times as long as the product.
+"""
 
 from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import Parameter
+from torch.nn import Parameter, functional
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from camera_serve.checkpoint.format import PARTS, Part, Tiers
 from camera_serve.kernels import dense_rows
@@ -22,19 +24,27 @@ from camera_serve.vllm_plugin.loading import (
     split_layer,
 )
 
+ROWS_AT_ONCE = 1024
+"""Rows dequantized together: float32 for them lies beside the weights for a moment."""
 
-class _PackedMethod(LinearMethodBase):
+_PROJECTIONS: dict[str, tuple[Projection, ...]] = {
+    "gate_up_proj": ("gate", "up"),
+    "down_proj": ("down",),
+}
+
+
+class PackedLinearMethod(LinearMethodBase):
     """One linear layer of a shared expert, its rows in `RankRows`, one for each projection.
 
-    counts: `[1][tiers]` of the one shared MLP; module: `model.layers.3.mlp.shared_expert`.
+    counts: `[1][tiers]` of the one shared MLP; module: `model.layers.3.mlp.shared_expert`; linear:
+    `gate_up_proj` or `down_proj`.
     """
 
-    projections: tuple[Projection, ...]
-
-    def __init__(self, counts: TierCounts, tiers: Tiers, module: str) -> None:
+    def __init__(self, counts: TierCounts, tiers: Tiers, module: str, linear: str) -> None:
         self._counts = counts
         self._tiers = tiers
         self._module = module
+        self._projections = _PROJECTIONS[linear]
         self._loader: RowLoader | None = None
 
     def create_weights(
@@ -48,29 +58,51 @@ class _PackedMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Allocate exactly the rank's rows of every tier, `[projections, …]` each."""
-        d_model = output_size if self.projections == ("down",) else input_size
+        d_model = output_size if self._projections == ("down",) else input_size
         split = split_layer(self._counts, tp_size=layer.tp_size, tp_rank=layer.tp_rank)
-        self._loader = RowLoader(split, self._tiers, self._name, d_model, self.projections)
+        self._loader = RowLoader(split, self._tiers, self._name, d_model, self._projections)
         for part, shape in RankRows.shapes(split.num_rows, self._tiers, d_model).items():
-            full = (len(self.projections), *shape)
+            full = (len(self._projections), *shape)
             empty = torch.empty(full, dtype=part_dtype(part, params_dtype))
             weight = Parameter(empty, requires_grad=False)
             set_weight_attrs(weight, {"weight_loader": partial(self._load, layer, part)})
             layer.register_parameter(part, weight)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Refuse weights that never arrived; random weights are wanted for `dummy`."""
+        """Refuse weights that never arrived; random weights are wanted for `dummy`.
+
+        Then dequantize: packed rows are given up for `dense_weight`, in the model's dtype.
+        """
         if not weights_are_read():
             fill_dummy_grids(layer.scales)
         elif self._loader:
             self._loader.check_complete()
+        layer.register_parameter("dense_weight", Parameter(self._dense(layer), requires_grad=False))
+        for part in PARTS:
+            getattr(layer, part).data = torch.empty(0)
 
-    def _multiply(self, layer: Any, x: torch.Tensor, projection: int, width: int) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """gate_up: `[num_tokens, d_model]` to `[num_tokens, 2 * width]`, gate's first.
+
+        down: `[num_tokens, width]` to the rank's part of `[num_tokens, d_model]`.
+        """
+        return functional.linear(x, layer.dense_weight)
+
+    def _dense(self, layer: Any) -> torch.Tensor:
+        """The weight of one ordinary linear layer, `[outputs, inputs]`."""
         assert self._loader is not None
-        parts = [getattr(layer, part)[projection] for part in PARTS]
-        num_rows, bits = list(self._loader.split.num_rows), list(self._tiers.bits)
-        down = self.projections == ("down",)
-        return torch.ops.vllm.camera_packed_rows(x, parts, num_rows, bits, width, down)
+        num_rows, weights = self._loader.split.num_rows, layer.weight
+        shape = (len(self._projections), self._width, layer.weight.shape[2])
+        dense = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
+        for projection, rows in enumerate(dense):
+            held = RankRows(*(getattr(layer, part).data[projection] for part in PARTS))
+            tiers = held.by_tier(num_rows, self._tiers.bits)
+            for tier, own in zip(tiers, rows[: sum(num_rows)].split(list(num_rows)), strict=True):
+                for start in range(0, len(own), ROWS_AT_ONCE):
+                    some = slice(start, min(start + ROWS_AT_ONCE, len(own)))
+                    own[some] = dense_rows(tier, some, own.dtype)
+        down = self._projections == ("down",)
+        return dense[0].T.contiguous() if down else dense.flatten(0, 1)
 
     @property
     def _width(self) -> int:
@@ -90,67 +122,7 @@ class _PackedMethod(LinearMethodBase):
         index = shard_id or 0
         held = RankRows(*(getattr(layer, p).data[index] for p in PARTS))
         rows = held.by_tier(self._loader.split.num_rows, self._tiers.bits)
-        self._loader.load(rows, loaded_weight, 0, self.projections[index], part)
+        self._loader.load(rows, loaded_weight, 0, self._projections[index], part)
 
     def _name(self, expert: int, projection: Projection) -> str:
         return f"{self._module}.{projection}_proj"
-
-
-class PackedGateUpMethod(_PackedMethod):
-    """`gate_up_proj`: gate's activations, then up's."""
-
-    projections = ("gate", "up")
-
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`[num_tokens, d_model]` to `[num_tokens, 2 * width]`."""
-        both = [self._multiply(layer, x, index, self._width) for index in (0, 1)]
-        return torch.cat(both, dim=-1)
-
-
-class PackedDownMethod(_PackedMethod):
-    """`down_proj`, one micro-expert a row."""
-
-    projections = ("down",)
-
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`[num_tokens, width]` to the rank's part of `[num_tokens, d_model]`."""
-        return self._multiply(layer, x, 0, self._width)
-
-
-def _packed_rows(
-    x: torch.Tensor,
-    parts: list[torch.Tensor],
-    num_rows: list[int],
-    bits: list[int],
-    width: int,
-    down: bool,
-) -> torch.Tensor:
-    tiers = RankRows(*parts).by_tier(num_rows, bits)
-    weights = torch.cat([dense_rows(tier, slice(None), x.dtype) for tier in tiers])
-    if down:
-        return x[:, : len(weights)] @ weights
-    out = x.new_zeros(len(x), width)
-    out[:, : len(weights)] = x @ weights.T
-    return out
-
-
-def _packed_rows_shape(
-    x: torch.Tensor,
-    parts: list[torch.Tensor],
-    num_rows: list[int],
-    bits: list[int],
-    width: int,
-    down: bool,
-) -> torch.Tensor:
-    # Not `len(x)`: that would compile the graph for this one number of tokens.
-    return x.new_empty(x.shape[0], parts[0].shape[1] if down else width)
-
-
-# Opaque, so that torch.compile does not trace the unpacking of every tier.
-direct_register_custom_op(
-    op_name="camera_packed_rows", op_func=_packed_rows, fake_impl=_packed_rows_shape
-)

@@ -122,6 +122,9 @@ def test_the_table_sets_measured_beside_allowed(
     assert [part.strip() for part in row.strip("│").split("│")] == [
         *("2", "pruned", "80%", "2.50×", "1.92×", "1.60×", "83%")
     ]
+    (tmp_path / "served.json").unlink()
+    assert amdahl.main() == 1
+    assert "served.json is missing: run `camera-serve bench` first" in capsys.readouterr().err
     (tmp_path / "served.json").write_text("{}")
     assert amdahl.main() == 1
     assert "is no result of `camera-serve bench`" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from click.testing import CliRunner, Result
 from camera_serve.cli import main
 from camera_serve.quantize import cost
 from camera_serve.quantize.cost import SolveSize
-from tests import quantized, tiny_models
+from tests import editing, quantized, tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,27 @@ def test_verify_reports_the_output_error_of_every_layer(folder: Path, tmp_path: 
     assert errors[0].keys() == errors[1].keys() == {"0", "1"}
     assert all(error < 0.05 for error in errors[0].values())
     assert all(0.2 < error < 2 for error in errors[1].values())
+
+
+def test_verify_refuses_packed_experts_that_put_out_something_else(
+    folder: Path, tmp_path: Path
+) -> None:
+    quantized.compress(folder / "model", tmp_path / "out", "2:1")
+    command = ["verify", str(tmp_path / "out"), "--against", str(folder / "model")]
+    text = ["--calibration", str(folder / "text.txt"), "--samples", "2", "--seq-len", "64"]
+    unread = CliRunner().invoke(main, command)
+    assert unread.exit_code == 0 and "with --calibration TEXT" in unread.stdout
+
+    def louder(tensors: editing.Tensors) -> None:
+        for name in tensors:
+            if name.startswith("model.layers.1.") and name.endswith("down_proj.scales"):
+                tensors[name] *= 64
+
+    editing.edit_weights(tmp_path / "out", louder)
+    assert CliRunner().invoke(main, command).exit_code == 0
+    result = CliRunner().invoke(main, [*command, *text])
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: layer 1 is off by ")
 
 
 def test_dry_run_says_what_the_solver_holds(
