@@ -6,10 +6,10 @@ it says `--resume` or `--overwrite`. `bench` meets a fake `vllm`; what else need
 the tests in `tests/e2e`.
 """
 
-import json
 import re
 import shlex
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ from click.testing import CliRunner
 
 from bench import quality, quantization, stored
 from bench.kernel_report import KernelReport, markdown
+from camera_serve.benchmark.report import BenchReport
+from camera_serve.benchmark.settings import Load
 from camera_serve.cli import main
 from tests import tiny_models
 from tests.benchmark import fake_vllm
@@ -87,7 +89,7 @@ def test_tables_hold_the_stored_figures() -> None:
     tables = {
         "quality": quality.render(quality.stored(quality.RESULTS)),
         "kernels": markdown(KernelReport.read(ROOT / "bench" / "results" / "kernels-cpu.json")),
-        "quantization": quantization.render(json.loads(quantization.RESULTS.read_text())),
+        "quantization": quantization.render(quantization.stored(quantization.RESULTS)),
     }
     for name, table in tables.items():
         assert stored.with_table(README, name, table) == README, name
@@ -95,11 +97,15 @@ def test_tables_hold_the_stored_figures() -> None:
 
 def test_serving_figures_are_the_stored_ones() -> None:
     path = ROOT / "bench" / "results" / "serve-qwen3-30b-a3b-4-layers.json"
-    runs = json.loads(path.read_text())["serving"]
-    speed = {
-        (run["model"], run["load"]["concurrency"]): run["output_tokens_per_second"] for run in runs
-    }
-    for load in (1, 16):
-        dense = speed["b-dense", load]
-        gains = [f"{speed[model, load] / dense:.2f}×" for model in ("b-pruned40", "b-bits2")]
-        assert f"| {load} | {dense:.1f} | {' | '.join(gains)} |" in README
+    report = BenchReport.model_validate_json(path.read_text())
+
+    def speed(model: str, load: Load) -> float:
+        return statistics.median(r.output_tokens_per_second for r in report.runs(model, load))
+
+    for load in report.settings.loads:
+        dense = speed("b-dense", load)
+        gains = [f"{speed(model, load) / dense:.2f}×" for model in ("b-pruned40", "b-bits2")]
+        assert f"| {load.concurrency} | {dense:.1f} | {' | '.join(gains)} |" in README
+    words = " ".join(README.split())
+    settings = report.settings
+    assert f"{settings.input_len} tokens in, {settings.output_len} out" in words
