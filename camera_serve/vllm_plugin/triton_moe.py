@@ -73,7 +73,7 @@ def compile_kernels(experts: Experts, x: torch.Tensor, top_k: int, num_experts: 
     Powers of two, and the most there can be, meet every row of the table of tile sizes: each row
     reaches at least twice as far as the one before.
     """
-    for count in (*(2**n for n in range(len(x).bit_length() - 1)), len(x)):
+    for count in sorted({len(x)}.union(2**n for n in range(len(x).bit_length()))):
         slots = torch.arange(count * top_k, dtype=torch.int32, device=x.device)
         ids = (slots % num_experts).view(count, top_k)
         experts(x[:count], torch.ones(ids.shape, dtype=torch.float32, device=x.device), ids)

@@ -177,7 +177,7 @@ def test_kernels_are_compiled_before_requests_come(
     loaded_layer(experts)
     # Up to the engine's 5 tokens, with ids and weights as vLLM gives them.
     kinds = (torch.int32, torch.float32)
-    assert called == [((n, D_MODEL), (n, 2), *kinds) for n in (1, 2, 4)]
+    assert called == [((n, D_MODEL), (n, 2), *kinds) for n in (1, 2, 4, 5)]
 
 
 @here
