@@ -76,8 +76,10 @@ def gains(served: BenchReport, kernels: KernelReport) -> Iterator[Gain]:
     kernels: of the layer's shape and routing that was served, and of no other. Raises `CameraError`
     when a model or a time is missing that this needs.
     """
-    if served.settings.threads is None:
+    threads = served.settings.threads
+    if threads is None:
         raise CameraError("the models were served on all cores: serve them with --threads N")
+    kernels = kernels.only(threads=[threads])
     dense, *others = served.models
     rest = _rest(others)
     for load in served.settings.loads:
@@ -123,26 +125,26 @@ def _layer_gain(
     settings = served.settings
 
     def wave(name: str | None) -> float:
-        cells = _cells(kernels, settings.threads, name)
+        cells = _cells(kernels, name)
+        if not cells:
+            raise CameraError(
+                f"no times of {name or 'dense kernels'} on this layer with {settings.threads} "
+                f"threads: run `python -m bench.kernels --threads {settings.threads}` with that "
+                "plan"
+            )
         prompts = _seconds(cells, concurrency * settings.input_len)
         return prompts + (settings.output_len - 1) * _seconds(cells, concurrency)
 
     return wave(None) / wave(ours)
 
 
-def _cells(kernels: KernelReport, threads: int | None, name: str | None) -> list[Cell]:
+def _cells(kernels: KernelReport, name: str | None) -> list[Cell]:
     """The cells of one kernel by rising number of tokens; None: of the fastest dense one."""
-    here = kernels.only(threads=[] if threads is None else [threads])
     if name is None:
-        dense = [cell for cell in here.cells if cell.kind == "dense"]
-        found = [here.dense(place) for place in dict.fromkeys(cell.place for cell in dense)]
+        dense = [cell for cell in kernels.cells if cell.kind == "dense"]
+        found = [kernels.dense(place) for place in dict.fromkeys(cell.place for cell in dense)]
     else:
-        found = [cell for cell in here.cells if cell.contestant == name]
-    if not found:
-        raise CameraError(
-            f"no times of {name or 'dense kernels'} on this layer with {threads} threads: run "
-            f"`python -m bench.kernels --threads {threads}` with that plan"
-        )
+        found = [cell for cell in kernels.cells if cell.contestant == name]
     return sorted(found, key=lambda cell: cell.place.tokens)
 
 

@@ -179,15 +179,10 @@ def notes(report: KernelReport) -> Iterator[str]:
 def near_limits(report: KernelReport) -> Iterator[str]:
     """How near our kernel comes to the machine's limits on each unpruned 16-bit layer."""
     whole = [c for c in report.cells if c.kind == "camera" and c.contestant == UNPRUNED]
-    for shape, routing, threads in _unique(
-        (c.place.shape, c.place.routing, c.place.threads) for c in whole
-    ):
+    for same in _unique((c.place.shape, c.place.routing, c.place.threads) for c in whole):
+        shape, routing, threads = same
         limit = next(limit for limit in report.limits if limit.threads == threads)
-        here = [
-            c
-            for c in whole
-            if (c.place.shape, c.place.routing, c.place.threads) == (shape, routing, threads)
-        ]
+        here = [c for c in whole if (c.place.shape, c.place.routing, c.place.threads) == same]
         few, many = (f(here, key=lambda c: c.place.tokens) for f in (min, max))
         read = few.read_bytes / few.median_seconds / limit.read_bytes_per_second
         found = f"{read:.0%} of the machine's reading rate at {_tokens(few)}"

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from bench import reference
 from bench.perplexity import WINDOW, Score, likelihood, load_model, windows_of
 from bench.removal import random_scores, removed, weight_norms
-from bench.stored import environment, put_in_readme
+from bench.stored import environment, put_in_readme, stored
 from camera_serve import compress
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.recipe import Calibration, Recipe, TierPlan
@@ -60,7 +60,7 @@ def main() -> int:
         result = measure(options.model, recipes)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
-    table = render(stored(options.output))
+    table = render(stored(options.output, RESULT_VERSION))
     Console().print(Markdown(table))
     if options.readme:
         put_in_readme("quality", table)
@@ -155,14 +155,6 @@ def _row(method: str, fraction: float, text: str, found: Score, bench: Bench) ->
         "log_ratio_to_dense": mean,
         "log_ratio_to_dense_se": error,
     }
-
-
-def stored(path: Path) -> dict[str, Any]:
-    """A result that this version of the bench can read."""
-    result: dict[str, Any] = json.loads(path.read_text())
-    if result["version"] != RESULT_VERSION:
-        raise SystemExit(f"{path} has version {result['version']}, wanted {RESULT_VERSION}")
-    return result
 
 
 def render(result: dict[str, Any]) -> str:

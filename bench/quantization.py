@@ -24,7 +24,7 @@ from rich.table import Table
 from bench import reference
 from bench.ablations import ablated, down_along_micro_experts, sliced_by_input
 from bench.perplexity import Score, divergence, likelihood, load_model, windows_of
-from bench.stored import environment, put_in_readme
+from bench.stored import environment, put_in_readme, stored
 from camera_serve import Calibration, Recipe, TierPlan, compress
 from camera_serve.checkpoint.reader import Checkpoint
 from converters.dense import convert_to_dense
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="only put the stored table there")
     options = parser.parse_args()
     if options.readme:
-        put_in_readme("quantization", render(stored(options.output)))
+        put_in_readme("quantization", render(stored(options.output, RESULT_VERSION)))
         return
     torch.set_num_threads(options.threads)
     calibration = Calibration(source=str(reference.CALIBRATION), samples=options.samples)
@@ -148,14 +148,6 @@ def _cells(text: dict[str, float]) -> tuple[str, str]:
     change = f"{text['log_ratio_to_base']:+.2%} ± {text['log_ratio_to_base_se']:.2%}"
     above = f"{text['divergence_above_base']:+.4f} ± {text['divergence_above_base_se']:.4f}"
     return f"{text['perplexity']:.2f} ({change})", f"{text['divergence']:.4f} ({above})"
-
-
-def stored(path: Path) -> dict[str, Any]:
-    """A result that this version of the bench can read."""
-    result: dict[str, Any] = json.loads(path.read_text())
-    if result["version"] != RESULT_VERSION:
-        raise SystemExit(f"{path} has version {result['version']}, wanted {RESULT_VERSION}")
-    return result
 
 
 def render(result: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """What benchmarks keep: where they ran, and their tables in README.md."""
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,14 @@ def environment() -> dict[str, Any]:
         **{name: found.packages[name] for name in ("camera-serve", "torch", "transformers")},
         "commit": found.commit,
     }
+
+
+def stored(path: Path, version: int) -> dict[str, Any]:
+    """A result that this version of its benchmark can read."""
+    result: dict[str, Any] = json.loads(path.read_text())
+    if result["version"] != version:
+        raise SystemExit(f"{path} has version {result['version']}, wanted {version}")
+    return result
 
 
 def put_in_readme(name: str, table: str) -> None:

@@ -87,9 +87,11 @@ def test_python_examples_run(names: dict[str, str]) -> None:
 
 def test_tables_hold_the_stored_figures() -> None:
     tables = {
-        "quality": quality.render(quality.stored(quality.RESULTS)),
+        "quality": quality.render(stored.stored(quality.RESULTS, quality.RESULT_VERSION)),
         "kernels": markdown(KernelReport.read(ROOT / "bench" / "results" / "kernels-cpu.json")),
-        "quantization": quantization.render(quantization.stored(quantization.RESULTS)),
+        "quantization": quantization.render(
+            stored.stored(quantization.RESULTS, quantization.RESULT_VERSION)
+        ),
     }
     for name, table in tables.items():
         assert stored.with_table(README, name, table) == README, name
