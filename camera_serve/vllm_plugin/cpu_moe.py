@@ -7,7 +7,7 @@ from torch import nn
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from camera_serve.kernels import RaggedLayer, cpu
-from camera_serve.vllm_plugin.experts import Experts, hold
+from camera_serve.vllm_plugin.experts import Experts, hold, like_x
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,4 @@ def _cpu_moe(
     return cpu.ragged_moe(x, top_k_weights, top_k_ids, layer)
 
 
-def _cpu_moe_shape(
-    x: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    top_k_ids: torch.Tensor,
-    tiers: list[torch.Tensor],
-    bits: list[int],
-    group_size: int,
-) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-direct_register_custom_op(op_name="camera_cpu_moe", op_func=_cpu_moe, fake_impl=_cpu_moe_shape)
+direct_register_custom_op(op_name="camera_cpu_moe", op_func=_cpu_moe, fake_impl=like_x)

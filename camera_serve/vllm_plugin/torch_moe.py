@@ -8,7 +8,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier, ragged_moe
 from camera_serve.kernels.reference import Rows
-from camera_serve.vllm_plugin.experts import Experts, hold
+from camera_serve.vllm_plugin.experts import Experts, hold, like_x
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,7 @@ def _ragged_moe(
     return ragged_moe(x, top_k_weights, top_k_ids, RaggedLayer(tuple(tiers)))
 
 
-def _ragged_moe_shape(
-    x: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    top_k_ids: torch.Tensor,
-    rows: list[torch.Tensor],
-    offsets: torch.Tensor,
-    bits: list[int],
-) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 # Opaque, because the loop over experts depends on the routing, which torch.compile cannot trace.
 # The offsets are a tensor argument and not looked up by a layer's number: compiled graphs are
 # cached across engines, and a number in them could name another engine's layer.
-direct_register_custom_op(
-    op_name="camera_ragged_moe", op_func=_ragged_moe, fake_impl=_ragged_moe_shape
-)
+direct_register_custom_op(op_name="camera_ragged_moe", op_func=_ragged_moe, fake_impl=like_x)

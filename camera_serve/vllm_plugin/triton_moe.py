@@ -8,7 +8,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from camera_serve.kernels import RaggedLayer
 from camera_serve.kernels.triton import TritonLayer, TritonTier, pack_layer, ragged_moe
-from camera_serve.vllm_plugin.experts import Experts, hold
+from camera_serve.vllm_plugin.experts import Experts, hold, like_x
 
 _PARTS = ("gate", "up", "down", "gate_grid", "up_grid", "down_grid")
 
@@ -105,23 +105,6 @@ def _triton_moe(
     return ragged_moe(x, top_k_weights, top_k_ids, layer)
 
 
-def _triton_moe_shape(
-    x: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    top_k_ids: torch.Tensor,
-    tiers: list[torch.Tensor],
-    bits: list[int],
-    offsets: torch.Tensor,
-    tile_lists: list[torch.Tensor],
-    group_size: int,
-    most_rows: int,
-    width: int,
-) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 # Launches depend on shapes alone, so that CUDA graphs may capture them. Whatever decides about
 # them is an argument: compiled graphs are cached across engines.
-direct_register_custom_op(
-    op_name="camera_triton_moe", op_func=_triton_moe, fake_impl=_triton_moe_shape
-)
+direct_register_custom_op(op_name="camera_triton_moe", op_func=_triton_moe, fake_impl=like_x)
