@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from camera_serve.cli.formatting import human_bytes, human_seconds
+from camera_serve.cli.interrupts import interrupts_kept
 
 if TYPE_CHECKING:
     from camera_serve.progress import OnProgress, Progress
@@ -15,7 +16,18 @@ if TYPE_CHECKING:
 
 @contextmanager
 def shown_progress() -> Iterator["OnProgress"]:
-    """The `on_progress` a command passes to the core while it works."""
+    """The `on_progress` a command passes to the core while it works; it raises interrupts too."""
+    with interrupts_kept() as check, _shown() as show:
+
+        def report(progress: "Progress") -> None:
+            show(progress)
+            check()
+
+        yield report
+
+
+@contextmanager
+def _shown() -> Iterator["OnProgress"]:
     if not sys.stderr.isatty():
         yield _print_line
         return
