@@ -21,9 +21,13 @@ from camera_serve.models.families import FAMILIES, Family
 from camera_serve.models.structure import PROJECTIONS
 from camera_serve.vllm_plugin.compat import hub_shapes
 from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
-from camera_serve.vllm_plugin.loading import check_folder, check_hub_model
+from camera_serve.vllm_plugin.loading import TierCounts, check_folder, check_hub_model
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
-from camera_serve.vllm_plugin.packed_linear import PackedLinearMethod
+from camera_serve.vllm_plugin.packed_shared import (
+    PackedDownMethod,
+    PackedGateUpMethod,
+    PackedSharedExpert,
+)
 
 
 class CameraConfig(QuantizationConfig):
@@ -33,6 +37,7 @@ class CameraConfig(QuantizationConfig):
         super().__init__()
         self.quantization = quantization
         self._model_type = ""
+        self._half_built: dict[str, PackedSharedExpert] = {}
 
     @classmethod
     def get_name(cls) -> str:
@@ -97,7 +102,8 @@ class CameraConfig(QuantizationConfig):
         if name and name == self._family.shared_name and moe_prefix in self.quantization.layers:
             shared = self.quantization.layout(moe_prefix).shared
             if min(self.quantization.bits) < 16:
-                return PackedLinearMethod(shared, self.quantization.tiers, module, linear)
+                packed = {"gate_up_proj": PackedGateUpMethod, "down_proj": PackedDownMethod}[linear]
+                return packed(self._packed_shared(shared, module))
             method = {"gate_up_proj": SharedGateUpMethod, "down_proj": SharedDownMethod}[linear]
             return method(shared, module)
         return UnquantizedLinearMethod()
@@ -105,6 +111,14 @@ class CameraConfig(QuantizationConfig):
     @property
     def _family(self) -> Family:
         return FAMILIES[self._model_type]
+
+    def _packed_shared(self, counts: TierCounts, module: str) -> PackedSharedExpert:
+        """The MLP of a linear layer: made for the first of its two, and the second's as well."""
+        expert = self._half_built.pop(module, None)
+        if expert is None:
+            expert = PackedSharedExpert(counts, self.quantization.tiers, module)
+            self._half_built[module] = expert
+        return expert
 
     def _experts_method(self, layer: RoutedExperts, moe_prefix: str) -> CameraMoEMethod:
         projections = dict(zip(PROJECTIONS, self._family.projections, strict=True))

@@ -19,7 +19,7 @@ from camera_serve.checkpoint.format import (
 )
 from camera_serve.checkpoint.reader import Checkpoint, check_shapes
 from camera_serve.errors import CheckpointError
-from camera_serve.kernels import PackedRows
+from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier
 from camera_serve.kernels.reference import Rows
 from camera_serve.models import MoeStructure, Projection
 from camera_serve.models.structure import PROJECTIONS
@@ -130,6 +130,15 @@ class RankRows:
             rows.append(PackedRows(b, words, self.scales[span], self.zeros[span]))
             word, row = word + count * per_row, row + count
         return rows
+
+
+def ragged_layer(
+    gate: RankRows, up: RankRows, down: RankRows, split: RankSplit, bits: Sequence[int]
+) -> RaggedLayer:
+    """The three projections of a rank's experts as the kernels take them: views."""
+    by_tier = (rows.by_tier(split.num_rows, bits) for rows in (gate, up, down))
+    tiers = zip(*by_tier, split.offsets, strict=True)
+    return RaggedLayer(tuple(RaggedTier(*tier) for tier in tiers))
 
 
 def part_dtype(part: Part, params_dtype: torch.dtype) -> torch.dtype:

@@ -2,23 +2,20 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Parameter
 from vllm.config import CUDAGraphMode, get_current_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.platforms import current_platform
 
 from camera_serve.checkpoint.format import PARTS, Part, Tiers
 from camera_serve.errors import ServingError
-from camera_serve.kernels import RaggedLayer, RaggedTier
+from camera_serve.kernels import RaggedLayer
 from camera_serve.models import Projection
-from camera_serve.vllm_plugin import cpu_moe, torch_moe
+from camera_serve.vllm_plugin import choice
 from camera_serve.vllm_plugin.compat import MoEMethodBase, weights_are_read
 from camera_serve.vllm_plugin.experts import Experts
 from camera_serve.vllm_plugin.loading import (
@@ -28,13 +25,12 @@ from camera_serve.vllm_plugin.loading import (
     TierCounts,
     fill_dummy_grids,
     part_dtype,
+    ragged_layer,
     split_layer,
 )
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-
-logger = init_logger(__name__)
 
 _PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w3": "up", "w2": "down"}
 
@@ -109,7 +105,8 @@ class CameraMoEMethod(MoEMethodBase):
             fill_dummy_grids(layer.w13_scales, layer.w2_scales)
         elif self._loader:
             self._loader.check_complete()
-        self._experts = self._pack(layer)
+        like, top_k = layer.w2_weight.data, self.moe.experts_per_token
+        self._experts = choice.pack(layer, self._rows(layer), like, top_k)
         for part in PARTS:
             for name in (f"w13_{part}", f"w2_{part}"):
                 loaded = getattr(layer, name)
@@ -128,31 +125,13 @@ class CameraMoEMethod(MoEMethodBase):
         assert self._experts is not None
         return self._experts(x, topk_weights, topk_ids)
 
-    def _pack(self, layer: "RoutedExperts") -> Experts:
-        rows, dtype = self._rows(layer), layer.w13_weight.dtype
-        if reason := _why_no_kernel(dtype):
-            logger.warning_once("camera-serve: experts run in plain torch, slowly: %s", reason)
-            return torch_moe.pack(layer, rows)
-        if current_platform.is_cpu():
-            return cpu_moe.pack(layer, rows)
-        # Not at the top: without a GPU, Triton need not be there.
-        from camera_serve.vllm_plugin import triton_moe
-
-        experts = triton_moe.pack(layer, rows, dtype)
-        x = layer.w2_weight.new_zeros(_most_tokens(), layer.w2_weight.shape[1])
-        triton_moe.compile_kernels(experts, x, self.moe.experts_per_token, len(self._counts))
-        return experts
-
     def _rows(self, layer: "RoutedExperts") -> RaggedLayer:
         """The rows that were loaded, as views."""
         assert self._loader is not None
-        split, bits = self._loader.split, self._tiers.bits
         w13 = [getattr(layer, f"w13_{part}").data for part in PARTS]
-        w2 = [getattr(layer, f"w2_{part}").data for part in PARTS]
-        matrices = [RankRows(*parts) for parts in zip(*w13, strict=True)] + [RankRows(*w2)]
-        by_tier = (matrix.by_tier(split.num_rows, bits) for matrix in matrices)
-        tiers = zip(*by_tier, split.offsets, strict=True)
-        return RaggedLayer(tuple(RaggedTier(*tier) for tier in tiers))
+        gate, up = (RankRows(*parts) for parts in zip(*w13, strict=True))
+        down = RankRows(*(getattr(layer, f"w2_{part}").data for part in PARTS))
+        return ragged_layer(gate, up, down, self._loader.split, self._tiers.bits)
 
     def _load(
         self,
@@ -196,8 +175,7 @@ class CameraMoEMethod(MoEMethodBase):
                 "the dense model and compress that, or start without --enable-lora"
             )
         graphs = config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
-        reason = _why_no_kernel(self.moe.in_dtype)
-        if current_platform.is_cuda_alike() and graphs and reason:
+        if graphs and (reason := choice.why_no_cuda_graphs(self.moe.in_dtype)):
             raise ServingError(
                 f"experts would run in a loop that CUDA graphs cannot capture ({reason}): start "
                 "with --enforce-eager"
@@ -215,21 +193,3 @@ class CameraMoEMethod(MoEMethodBase):
                 f"{self._prefix}: vLLM wants {layer.global_num_experts} experts, the checkpoint "
                 f"has {len(self._counts)}: fused shared or redundant experts are not supported"
             )
-
-
-def _most_tokens() -> int:
-    """Tokens of the largest batch the engine will make."""
-    return int(get_current_vllm_config().scheduler_config.max_num_batched_tokens)
-
-
-def _why_no_kernel(dtype: torch.dtype) -> str | None:
-    """Why layers that compute in `dtype` have no fast kernel on this machine; None if they have."""
-    if current_platform.is_cpu():
-        if dtype == torch.bfloat16:
-            return None
-        return f"the CPU kernel computes in bfloat16, not {dtype}: serve with --dtype bfloat16"
-    if not current_platform.is_cuda():
-        return "there are kernels for CPUs and NVIDIA GPUs, and this is neither"
-    if find_spec("triton") is None:
-        return "the kernels for GPUs need Triton, which is not installed: pip install triton"
-    return None

@@ -51,7 +51,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """Answers to the prompts, and the resident bytes of routed experts on the first rank."""
+    """Answers to the prompts, and the resident bytes of packed and of routed experts on
+    the first rank."""
 
     answers: list[Answer]
     expert_bytes: int
@@ -108,11 +109,14 @@ def _answer(output: Any) -> Answer:
 def _expert_bytes(model: Any) -> int:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+    from camera_serve.vllm_plugin.packed_shared import PackedLinearMethod
+
     sizes = {}
     for module in model.modules():
-        if isinstance(module, RoutedExperts):
+        method = getattr(module, "quant_method", None)
+        if isinstance(module, RoutedExperts) or isinstance(method, PackedLinearMethod):
             # Wherever a second copy could hide, not only where the weights should be.
-            for owner in (vars(module), vars(module.quant_method), module._parameters):
+            for owner in (vars(module), vars(method), module._parameters):
                 for value in owner.values():
                     if hasattr(value, "untyped_storage") and _is_weight(value):
                         storage = value.untyped_storage()

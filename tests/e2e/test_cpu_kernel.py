@@ -28,6 +28,8 @@ PLANS = {"pruned": "16:0.6,0:0.4", "quantized": "3:0.2,2:0.6,1:0.2", "both": "16
 BF16 = {"dtype": "bfloat16"}
 COMPILED = {**BF16, "enforce_eager": False}
 
+BOTH = ("both", "both, compiled")
+
 Served = dict[str, tuple[Result, Path]]
 
 
@@ -41,9 +43,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
         compress(MODEL, folder / name, recipe)
         models[name] = folder / name
     jobs = {name: Job(str(path), BF16, prompts()) for name, path in models.items()}
-    jobs["both, compiled"] = Job(str(models["both"]), COMPILED, prompts())
+    jobs[BOTH[1]] = Job(str(models[BOTH[0]]), COMPILED, prompts())
     results = run(list(jobs.values()), folder)
-    paths = {**models, "both, compiled": models["both"]}
+    paths = {**models, BOTH[1]: models[BOTH[0]]}
     return {name: (result, paths[name]) for name, result in zip(jobs, results, strict=True)}
 
 
@@ -74,15 +76,26 @@ def test_answers_are_as_exact_as_the_dense_models(served: Served, name: str) -> 
 
 
 def test_compiled_and_eager_give_the_same_tokens(served: Served) -> None:
-    eager, compiled = served["both"][0], served["both, compiled"][0]
-    assert [a.tokens for a in compiled.answers] == [a.tokens for a in eager.answers]
+    compared = 0
+    for eager, compiled in zip(*(served[name][0].answers for name in BOTH), strict=True):
+        for token, other, top in zip(eager.tokens, compiled.tokens, eager.top, strict=True):
+            first, second, *_ = sorted(top.values(), reverse=True)
+            # Logits of 8 to 16 have steps of 2^-4 in bf16; the compiler rounds less often. Two
+            # tokens that are a step apart may change places, and what follows has another start.
+            if token != other and first - second <= 2 * 2**-4:
+                break
+            assert token == other
+            compared += 1
+    assert compared >= 24, "of 32 tokens, most must be no such ties"
 
 
 def test_one_copy_of_the_weights_stays_in_memory(served: Served) -> None:
     for plan in PLANS:
         result, path = served[plan]
         entries = Checkpoint.open(path).entries
-        on_disk = sum(entry.num_bytes for name, entry in entries.items() if ".experts." in name)
+        # Shared experts without packed tiers are ordinary layers of vLLM's.
+        kinds = (".experts.", ".shared_expert.") if plan != "pruned" else (".experts.",)
+        on_disk = sum(e.num_bytes for name, e in entries.items() if any(k in name for k in kinds))
         # Down is padded to 32 micro-experts per expert and tier, and `align` is 32 here; what is
         # more are the offsets.
         assert on_disk <= result.expert_bytes < 1.001 * on_disk

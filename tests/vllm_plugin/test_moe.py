@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from camera_serve.checkpoint.format import Tiers
 from camera_serve.errors import CheckpointError, ServingError
-from camera_serve.vllm_plugin import compat, moe
+from camera_serve.vllm_plugin import choice, compat
 from tests.vllm_plugin.experts import (
     Experts,
     loaded_layer,
@@ -175,7 +175,7 @@ class Gpu:
 def test_cuda_graphs_are_taken_where_the_kernel_is(
     mode: CUDAGraphMode, vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, experts: Experts
 ) -> None:
-    monkeypatch.setattr(moe, "current_platform", Gpu(nvidia=True))
+    monkeypatch.setattr(choice, "current_platform", Gpu(nvidia=True))
     vllm_config.compilation_config.cudagraph_mode = mode
     make_layer(experts)
 
@@ -189,8 +189,8 @@ def test_cuda_graphs_are_refused_with_the_remedy_where_it_is_not(
     monkeypatch: pytest.MonkeyPatch,
     experts: Experts,
 ) -> None:
-    monkeypatch.setattr(moe, "current_platform", Gpu(nvidia=lacking == "Triton"))
-    monkeypatch.setattr(moe, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice, "current_platform", Gpu(nvidia=lacking == "Triton"))
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
     vllm_config.compilation_config.cudagraph_mode = mode
     if mode == CUDAGraphMode.NONE:
         make_layer(experts)

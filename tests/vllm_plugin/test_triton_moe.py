@@ -16,7 +16,7 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from camera_serve.checkpoint.format import Tiers
-from camera_serve.vllm_plugin import moe
+from camera_serve.vllm_plugin import choice
 from tests.vllm_plugin.experts import (
     Experts,
     loaded_layer,
@@ -53,7 +53,7 @@ class NvidiaGpu:
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmConfig]:
-    monkeypatch.setattr(moe, "current_platform", NvidiaGpu())
+    monkeypatch.setattr(choice, "current_platform", NvidiaGpu())
     config = VllmConfig()
     config.scheduler_config.max_num_batched_tokens = 1
     with set_current_vllm_config(config):

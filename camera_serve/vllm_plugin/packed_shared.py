@@ -1,0 +1,154 @@
+"""Shared experts with packed tiers in vLLM: one MLP, computed by the routed experts' kernel.
+
+vLLM computes it in three calls: `gate_up_proj`, SiLU·mul, `down_proj`. The kernel takes packed rows
+as they are, but all three at once. So `gate_up_proj` is the whole MLP, and what follows lets its
+output through.
+"""
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from camera_serve.checkpoint.format import PARTS, Part, Tiers
+from camera_serve.models import Projection
+from camera_serve.models.structure import PROJECTIONS
+from camera_serve.vllm_plugin import choice
+from camera_serve.vllm_plugin.compat import weights_are_read
+from camera_serve.vllm_plugin.experts import Experts
+from camera_serve.vllm_plugin.loading import (
+    RankRows,
+    RankSplit,
+    RowLoader,
+    TierCounts,
+    fill_dummy_grids,
+    part_dtype,
+    ragged_layer,
+    split_layer,
+)
+
+_OPEN_GATE = 32.0
+"""silu(32) is 32 in float32, and a factor of 2^5 rounds nothing that is not below 2^-19."""
+
+
+class PackedSharedExpert:
+    """The shared MLP of one layer, run by the kernel once its two linear layers are loaded.
+
+    counts: `[1][tiers]`; module: `model.layers.3.mlp.shared_expert`.
+    """
+
+    def __init__(self, counts: TierCounts, tiers: Tiers, module: str) -> None:
+        self.counts = counts
+        self.tiers = tiers
+        self.module = module
+        self._experts: Experts | None = None
+        self._loaded: dict[Projection, RankRows] = {}
+
+    def add(self, layer: LinearBase, rows: dict[Projection, RankRows], split: RankSplit) -> None:
+        """Take the rows of one of the two linear layers; with both, the kernel gets them.
+
+        It holds them on `layer`, the second one.
+        """
+        self._loaded |= rows
+        if len(self._loaded) < len(PROJECTIONS):
+            return
+        gate, up, down = (self._loaded.pop(projection) for projection in PROJECTIONS)
+        whole = ragged_layer(gate, up, down, split, self.tiers.bits)
+        self._experts = choice.pack(layer, whole, cast(torch.Tensor, layer.weight), top_k=1)
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """The rank's summand of the MLP's output, as x: `[num_tokens, d_model]`."""
+        assert self._experts is not None
+        ids = torch.zeros(x.shape[0], 1, dtype=torch.int32, device=x.device)
+        return self._experts(x, torch.ones_like(ids, dtype=torch.float32), ids)
+
+
+class PackedLinearMethod(LinearMethodBase):
+    """One of the two linear layers of a shared expert."""
+
+    projections: tuple[Projection, ...]
+
+    def __init__(self, expert: PackedSharedExpert) -> None:
+        self._expert = expert
+        self._loader: RowLoader | None = None
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Allocate exactly the rank's rows of every tier, `[projections, …]` each."""
+        d_model = output_size if "down" in self.projections else input_size
+        counts, tiers = self._expert.counts, self._expert.tiers
+        split = split_layer(counts, tp_size=layer.tp_size, tp_rank=layer.tp_rank)
+        self._loader = RowLoader(split, tiers, self._name, d_model, self.projections)
+        for part, shape in RankRows.shapes(split.num_rows, tiers, d_model).items():
+            full = (len(self.projections), *shape)
+            empty = torch.empty(full, dtype=part_dtype(part, params_dtype))
+            weight = Parameter(empty, requires_grad=False)
+            set_weight_attrs(weight, {"weight_loader": partial(self._load, layer, part)})
+            layer.register_parameter(part, weight)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Refuse weights that never arrived; random weights are wanted for `dummy`."""
+        assert self._loader is not None
+        if weights_are_read():
+            self._loader.check_complete()
+        else:
+            fill_dummy_grids(layer.scales)
+        rows = {name: _held(layer, index) for index, name in enumerate(self.projections)}
+        self._expert.add(layer, rows, self._loader.split)
+        for part in PARTS:
+            # The kernel has what it keeps of them; the parameters must not keep the rest.
+            getattr(layer, part).data = layer.weight.new_empty(0)
+
+    def _load(
+        self,
+        layer: LinearBase,
+        part: Part,
+        param: Parameter,
+        loaded_weight: torch.Tensor,
+        shard_id: int | None = None,
+    ) -> None:
+        assert self._loader is not None
+        index = shard_id or 0
+        rows = _held(layer, index).by_tier(self._loader.split.num_rows, self._expert.tiers.bits)
+        self._loader.load(rows, loaded_weight, 0, self.projections[index], part)
+
+    def _name(self, expert: int, projection: Projection) -> str:
+        return f"{self._expert.module}.{projection}_proj"
+
+
+class PackedGateUpMethod(PackedLinearMethod):
+    """`gate_up_proj`, which computes the whole MLP."""
+
+    projections = ("gate", "up")
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The MLP's output behind an open gate, `[num_tokens, 2 * d_model]`."""
+        out = self._expert.output(x)
+        return torch.cat([torch.full_like(out, _OPEN_GATE), out / _OPEN_GATE], dim=-1)
+
+
+class PackedDownMethod(PackedLinearMethod):
+    """`down_proj`, which has nothing left to do."""
+
+    projections = ("down",)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x: what SiLU·mul makes of `PackedGateUpMethod`'s, the output: `[num_tokens, d_model]`."""
+        return x
+
+
+def _held(layer: LinearBase, projection: int) -> RankRows:
+    """The rows of one of a layer's projections, as views."""
+    parts = (cast(Parameter, getattr(layer, part)).data[projection] for part in PARTS)
+    return RankRows(*parts)
