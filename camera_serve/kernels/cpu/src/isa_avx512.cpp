@@ -45,8 +45,9 @@ struct Streams {
   int64_t pairs;
   __mmask16 last;     // lanes of a stream's last vector
   Fetch fetch;
-  const uint8_t* next;   // with Fetch::next: what to fetch, so many cache lines a pair
-  int64_t next_lines;
+  const uint8_t* next;   // with Fetch::next: what to fetch, so many cache lines a pair, over the
+  int64_t next_lines;    // first pairs
+  int64_t next_pairs;
 };
 
 // Bytes; measured.
@@ -55,9 +56,10 @@ constexpr int64_t kAhead = M == 1 ? 3072 : 1024;
 
 // sums[m][s * H + h] += a[m] · stream s, vector h; S streams of H vectors, for M tokens.
 template <int M, int S, int H, bool kFull, Fetch kFetch>
-CAMERA_INLINE void multiply(const uint16_t* const* a, const Streams& w, Vec (&sums)[M][S * H]) {
+CAMERA_INLINE void multiply(const uint16_t* const* a, const Streams& w, int64_t from, int64_t to,
+                            Vec (&sums)[M][S * H]) {
   const uint8_t* streams[2] = {w.first, w.second};
-  for (int64_t pair = 0; pair < w.pairs; ++pair) {
+  for (int64_t pair = from; pair < to; ++pair) {
     Words b[S * H];
 #pragma GCC unroll 2
     for (int s = 0; s < S; ++s)
@@ -83,9 +85,12 @@ CAMERA_INLINE void multiply(const uint16_t* const* a, const Streams& w, Vec (&su
 template <int M, int S, int H, bool kFull>
 CAMERA_INLINE void multiply(const uint16_t* const* a, const Streams& w, Vec (&sums)[M][S * H]) {
   switch (w.fetch) {
-    case Fetch::none: multiply<M, S, H, kFull, Fetch::none>(a, w, sums); break;
-    case Fetch::ahead: multiply<M, S, H, kFull, Fetch::ahead>(a, w, sums); break;
-    case Fetch::next: multiply<M, S, H, kFull, Fetch::next>(a, w, sums); break;
+    case Fetch::ahead: multiply<M, S, H, kFull, Fetch::ahead>(a, w, 0, w.pairs, sums); break;
+    case Fetch::next:
+      multiply<M, S, H, kFull, Fetch::next>(a, w, 0, w.next_pairs, sums);
+      multiply<M, S, H, kFull, Fetch::none>(a, w, w.next_pairs, w.pairs, sums);
+      break;
+    case Fetch::none: multiply<M, S, H, kFull, Fetch::none>(a, w, 0, w.pairs, sums); break;
   }
 }
 
@@ -96,10 +101,14 @@ struct FetchPlan {
   const uint8_t* next;
   int64_t lines;
 
+  CAMERA_INLINE int64_t share() const { return ceil_div(lines, tiles); }
+
   CAMERA_INLINE void apply(int64_t tile, Streams& w) const {
-    w.fetch = tiles == 1 ? Fetch::ahead : next ? Fetch::next : Fetch::none;
-    w.next_lines = ceil_div(lines, tiles * w.pairs);
-    w.next = next + tile * w.pairs * w.next_lines * 64;
+    w.fetch = tiles == 1 ? Fetch::ahead : next && lines ? Fetch::next : Fetch::none;
+    if (w.fetch != Fetch::next) return;
+    w.next_lines = ceil_div(share(), w.pairs);
+    w.next_pairs = ceil_div(share(), w.next_lines);
+    w.next = next + tile * share() * 64;
   }
 };
 
@@ -310,7 +319,7 @@ void gate_up_16(const GateUpJob& job, float* totals) {
   for (int64_t k = 0; k < job.shape.d_model; k += kDenseBlock) {
     const int64_t left = job.shape.d_model - k, size = left < kDenseBlock ? left : kDenseBlock;
     const uint8_t* weights = job.panel + k / 2 * pair_bytes;
-    const Streams streams{weights, weights + 4 * rows, pair_bytes, size / 2, last, {}, {}, {}};
+    const Streams streams{weights, weights + 4 * rows, pair_bytes, size / 2, last, {}, {}, {}, {}};
     // A block fetches the next one, the last block the next panel's first.
     const bool is_last = left <= kDenseBlock;
     const int64_t bytes = size / 2 * pair_bytes;
@@ -460,39 +469,43 @@ CAMERA_INLINE float* sums_of(const DownJob& job, int64_t routed) {
   return job.sums + job.routed.token[routed] * job.num_columns;
 }
 
-// The rows [row, row + rows) of a 16-bit tier, for one tile of tokens and all columns.
-CAMERA_INLINE void down_columns(const DownJob& job, const DownBlock& block, const DownTile& tile,
-                                int64_t tokens, int64_t row, int64_t rows, Streams streams) {
-  const int64_t block_bytes = block.shape.down_block_bytes();
-  // One or two tokens wait for memory, which likes one stream better than two.
-  const int64_t at_once = tokens > 2 ? 2 : 1;
-  for (int64_t c = 0; c < job.num_columns; c += at_once * kBlockCols) {
-    streams.first = block.packed + (job.column + c) / kBlockCols * block_bytes + row * kBlockCols * 2;
-    streams.second = streams.first + block_bytes;
-    const bool two = at_once == 2 && c + kBlockCols < job.num_columns;
+// Outputs that one tile of tokens adds up in registers: one or two tokens wait for memory, which
+// likes one stream better than two.
+CAMERA_INLINE int64_t columns_at_once(int64_t tokens) { return (tokens > 2 ? 2 : 1) * kBlockCols; }
+
+// The rows [row, row + rows) of a 16-bit tier, for the columns from `c` on and all tokens.
+CAMERA_INLINE void down_columns(const DownJob& job, const DownBlock& block, int64_t row,
+                                int64_t rows, int64_t c, const FetchPlan& plan) {
+  const int64_t size = tile_size(job.routed.count, kTile), block_bytes = block.shape.down_block_bytes();
+  const bool two = columns_at_once(size) > kBlockCols && c + kBlockCols < job.num_columns;
+  const uint8_t* weights =
+      block.packed + (job.column + c) / kBlockCols * block_bytes + row * kBlockCols * 2;
+  Streams streams{weights, weights + block_bytes, kBlockCols * 4, rows / 2, 0xffff, Fetch::none, nullptr, 0, 0};
+  for (int64_t first = 0; first < job.routed.count; first += size) {
+    const int64_t more = job.routed.count - first, tokens = more < size ? more : size;
+    DownTile tile;
+    for (int64_t m = 0; m < tokens; ++m) {
+      tile.a[m] = reinterpret_cast<const uint16_t*>(block.hidden + (first + m) * job.hidden_stride) + row;
+      tile.sums[m] = sums_of(job, first + m);
+    }
+    if (rows > 1) plan.apply(first / size, streams);
     (two ? kDownTiles<2> : kDownTiles<1>)[tokens](tile, c, streams, rows % 2 != 0);
-    streams.next += streams.pairs * streams.next_lines * 64;
   }
 }
 
 void down_16(const DownJob& job, const DownBlock& block) {
-  const int64_t size = tile_size(job.routed.count, kTile);
+  const int64_t size = tile_size(job.routed.count, kTile), at_once = columns_at_once(size);
   const int64_t num_tiles = ceil_div(job.routed.count, size);
-  const int64_t steps = ceil_div(job.num_columns, 2 * kBlockCols);
+  const int64_t block_bytes = block.shape.down_block_bytes();
   for (int64_t row = 0; row < block.shape.rows; row += kDownRows) {
     const int64_t left = block.shape.rows - row, rows = left < kDownRows ? left : kDownRows;
-    const FetchPlan plan{num_tiles, left <= kDownRows ? job.next : nullptr,
-                         ceil_div(job.next_bytes, 64 * steps)};
-    Streams streams{nullptr, nullptr, kBlockCols * 4, rows / 2, 0xffff, Fetch::none, nullptr, 0};
-    for (int64_t first = 0; first < job.routed.count; first += size) {
-      const int64_t more = job.routed.count - first, tokens = more < size ? more : size;
-      DownTile tile;
-      for (int64_t m = 0; m < tokens; ++m) {
-        tile.a[m] = reinterpret_cast<const uint16_t*>(block.hidden + (first + m) * job.hidden_stride) + row;
-        tile.sums[m] = sums_of(job, first + m);
-      }
-      if (rows > 1) plan.apply(first / size * steps, streams);
-      down_columns(job, block, tile, tokens, row, rows, streams);
+    for (int64_t c = 0; c < job.num_columns; c += at_once) {
+      // A range of columns fetches the next one, the last range the next expert's first.
+      const bool is_last = c + at_once >= job.num_columns;
+      const uint8_t* following = block.packed + (job.column + c + at_once) / kBlockCols * block_bytes;
+      const int64_t lines = ceil_div(rows * 2 * at_once, 64);
+      const FetchPlan plan{num_tiles, is_last ? job.next : following + row * kBlockCols * 2, lines};
+      down_columns(job, block, row, rows, c, plan);
     }
   }
 }
