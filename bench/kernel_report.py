@@ -66,6 +66,13 @@ class Place(Settings):
     tokens: int
 
 
+class PlaceLimits(Settings):
+    """What the machine could do at most while a place was timed."""
+
+    place: Place
+    limits: Limits
+
+
 class Cell(Settings):
     """One kernel's time at one place.
 
@@ -86,11 +93,11 @@ class Cell(Settings):
 class KernelReport(Settings):
     """A whole run. `isa`: the instruction set our kernel used."""
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     environment: Environment
     isa: str
     settings: TimingSettings
-    limits: tuple[Limits, ...]
+    limits: tuple[PlaceLimits, ...]
     checks: tuple[CheckedError, ...]
     layers: tuple[TimedLayer, ...]
     cells: tuple[Cell, ...]
@@ -111,6 +118,15 @@ class KernelReport(Settings):
     def at(self, place: Place) -> list[Cell]:
         """The kernels that were timed at a place."""
         return [cell for cell in self.cells if cell.place == place]
+
+    def limits_of(self, threads: int) -> Limits:
+        """The machine's limits with so many threads, over all places of `cells`."""
+        places = {cell.place for cell in self.cells if cell.place.threads == threads}
+        return Limits.middle(one.limits for one in self.limits if one.place in places)
+
+    def limits_at(self, place: Place) -> Limits:
+        """The machine's limits while a place was timed."""
+        return next(one.limits for one in self.limits if one.place == place)
 
     def dense(self, place: Place) -> Cell:
         """The fastest dense kernel at a place."""
@@ -136,12 +152,12 @@ def console_tables(report: KernelReport) -> Iterator[Table]:
     """One table per shape, routing and number of threads."""
     for same in _unique((c.place.shape, c.place.routing, c.place.threads) for c in report.cells):
         shape, routing, threads = same
-        limits = next(limit for limit in report.limits if limit.threads == threads)
+        here = report.only(shape=[shape], routing=[routing], threads=[threads])
+        limits = here.limits_of(threads)
         title = f"{shape}, {routing} routing, {_threads(threads)}; the machine {limits}"
         table = Table(title=title, title_justify="left")
         for column in ("tokens", "kernel", "ms", "× dense", "GB/s", "GFLOP/s"):
             table.add_column(column, justify="left" if column == "kernel" else "right")
-        here = report.only(shape=[shape], routing=[routing], threads=[threads])
         for place in _unique(cell.place for cell in here.cells):
             for cell in here.at(place):
                 table.add_row(str(place.tokens), cell.contestant, *_figures(cell, here))
@@ -181,13 +197,13 @@ def near_limits(report: KernelReport) -> Iterator[str]:
     whole = [c for c in report.cells if c.kind == "camera" and c.contestant == UNPRUNED]
     for same in _unique((c.place.shape, c.place.routing, c.place.threads) for c in whole):
         shape, routing, threads = same
-        limit = next(limit for limit in report.limits if limit.threads == threads)
         here = [c for c in whole if (c.place.shape, c.place.routing, c.place.threads) == same]
         few, many = (f(here, key=lambda c: c.place.tokens) for f in (min, max))
-        read = few.read_bytes / few.median_seconds / limit.read_bytes_per_second
+        most = report.limits_at(few.place).read_bytes_per_second
+        read = few.read_bytes / few.median_seconds / most
         found = f"{read:.0%} of the machine's reading rate at {_tokens(few)}"
-        if limit.bf16_flop_per_second:
-            computed = many.flop / many.median_seconds / limit.bf16_flop_per_second
+        if flop := report.limits_at(many.place).bf16_flop_per_second:
+            computed = many.flop / many.median_seconds / flop
             found += f" and {computed:.0%} of its bf16 rate at {_tokens(many)}"
         yield f"{UNPRUNED} on {shape} ({routing} routing, {_threads(threads)}) reaches {found}"
 
@@ -200,12 +216,8 @@ def _caption(report: KernelReport) -> str:
     found = report.environment
     names = [n for n in ("torch", "vllm", "zentorch") if n in found.packages]
     versions = [f"{name} {found.packages[name]}" for name in names]
-    used = {cell.place.threads for cell in report.cells}
-    limits = [
-        f"with {_threads(limit.threads)} {limit}"
-        for limit in report.limits
-        if limit.threads in used
-    ]
+    used = _unique(cell.place.threads for cell in report.cells)
+    limits = [f"with {_threads(count)} {report.limits_of(count)}" for count in used]
     layer = report.settings.seed
     parts = [
         "One MoE layer, median time; × is the speed over the fastest dense kernel in the same run",

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import limits, reference
+from bench import reference
 from bench.contestants import (
     Contestant,
     DenseWeights,
@@ -46,6 +46,7 @@ from bench.kernel_report import (
     CheckedError,
     KernelReport,
     Place,
+    PlaceLimits,
     TimedLayer,
     TimingSettings,
     console_tables,
@@ -53,6 +54,7 @@ from bench.kernel_report import (
     near_limits,
     notes,
 )
+from bench.limits import Ruler
 from bench.moe_inputs import Inputs, Routing, inputs_of, work
 from bench.shapes import SHAPES, Shape
 from bench.stored import put_in_readme
@@ -77,6 +79,8 @@ CHECKED_TOKENS = (1, 7, 160)
 NOISE = 1.1
 REPETITIONS = 5
 ROUNDS = 4
+
+TimedPlace = tuple[PlaceLimits, list[Cell]]
 
 
 def main() -> int:
@@ -122,16 +126,15 @@ def measure(settings: TimingSettings) -> KernelReport:
     _check_threads(settings.threads)
     shapes = {n: fitting(SHAPES[n], plans, settings.memory_limit) for n in settings.shapes}
     checks = [c for name in shapes for c in check(name, plans, settings.seed)]
-    measured = [limits.measure(threads) for threads in settings.threads]
-    cells = [cell for name in shapes for cell in _timed_alone(name, shapes[name], settings)]
+    timed = [place for name in shapes for place in _timed_alone(name, shapes[name], settings)]
     return KernelReport(
         environment=Environment.here(os.environ),
         isa=isa(),
         settings=settings,
-        limits=tuple(measured),
+        limits=tuple(limits for limits, _ in timed),
         checks=tuple(checks),
         layers=tuple(_layer(name, shape) for name, shape in shapes.items()),
-        cells=tuple(cells),
+        cells=tuple(cell for _, cells in timed for cell in cells),
     )
 
 
@@ -206,7 +209,7 @@ def _tier_in_float64(tier: RaggedTier[Rows]) -> RaggedTier[Rows]:
     return RaggedTier(gate, up, down, tier.offsets)
 
 
-def _timed_alone(name: str, shape: Shape, settings: TimingSettings) -> list[Cell]:
+def _timed_alone(name: str, shape: Shape, settings: TimingSettings) -> list[TimedPlace]:
     """Time a shape in a process of its own, because zentorch never gives back what it copied."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
@@ -218,8 +221,8 @@ def _timed_alone(name: str, shape: Shape, settings: TimingSettings) -> list[Cell
             ) from error
 
 
-def time_shape(name: str, shape: Shape, settings: TimingSettings) -> list[Cell]:
-    """Every cell of one shape, all contestants in memory at once."""
+def time_shape(name: str, shape: Shape, settings: TimingSettings) -> list[TimedPlace]:
+    """Every place of one shape, all contestants in memory at once."""
     _say(f"{name}: making {shape.num_experts} experts for every kernel")
     plans = [TierPlan.parse(plan) for plan in settings.plans]
     generator = torch.Generator().manual_seed(settings.seed)
@@ -230,9 +233,11 @@ def time_shape(name: str, shape: Shape, settings: TimingSettings) -> list[Cell]:
         torch.set_num_threads(threads)
         source = inputs_of(shape, tokens, routing, settings.seed)
         inputs = list(islice(source, ROUNDS * (shape.num_experts // shape.top_k)))
-        times = time_in_turn(rivals, inputs, settings.seconds)
+        ruler = Ruler(threads)
+        times = time_in_turn(rivals, inputs, settings.seconds, ruler)
         place = Place(shape=name, routing=routing, threads=threads, tokens=tokens)
-        found += [_cell(place, rival, inputs, times[rival.name]) for rival in rivals]
+        cells = [_cell(place, rival, inputs, times[rival.name]) for rival in rivals]
+        found.append((PlaceLimits(place=place, limits=ruler.limits()), cells))
     return found
 
 
@@ -252,11 +257,12 @@ def _cell(place: Place, rival: Contestant, inputs: Sequence[Inputs], seconds: li
 
 
 def time_in_turn(
-    rivals: Sequence[Contestant], inputs: Sequence[Inputs], seconds: float
+    rivals: Sequence[Contestant], inputs: Sequence[Inputs], seconds: float, ruler: Ruler
 ) -> dict[str, list[float]]:
     """Seconds of each contestant: all in turn on one input, then on the next, and so on.
 
-    As many rounds as `seconds` per contestant allow, but `REPETITIONS` at least.
+    The machine's limits take their turn as well. As many rounds as `seconds` per contestant allow,
+    but `REPETITIONS` at least.
     """
     for rival in rivals:
         rival.run(*inputs[-1])
@@ -267,6 +273,7 @@ def time_in_turn(
             start = time.perf_counter()
             rival.run(*inputs[done % len(inputs)])
             times[rival.name].append(time.perf_counter() - start)
+        ruler.measure()
         done += 1
     return times
 

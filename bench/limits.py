@@ -3,10 +3,11 @@
 import ctypes
 import mmap
 import shlex
+import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,21 +19,33 @@ from camera_serve.recipe import Settings
 
 SOURCE = Path(__file__).parent / "limits.cpp"
 READ_BYTES = 2**29
+PART_BYTES = 2**26
 STREAMS = (1, 4, 8, 16)
-REPEATS = 25
-ROUNDS = 2**22
+REPEATS = 5
+ROUNDS = 2**16
 
 
 class Limits(Settings):
-    """The best of several tries with a number of threads.
+    """Medians of what the machine reached with a number of threads.
 
-    `read_bytes_per_second`: a loop that sums a buffer of 512 MiB, larger than the caches.
+    `read_bytes_per_second`: a loop that sums parts of a buffer larger than the caches.
     `bf16_flop_per_second`: `vdpbf16ps` on registers; None without that instruction.
     """
 
     threads: int
     read_bytes_per_second: float
     bf16_flop_per_second: float | None
+
+    @classmethod
+    def middle(cls, found: Iterable["Limits"]) -> "Limits":
+        """The medians of several, all with the same number of threads."""
+        every = list(found)
+        flop = [limits.bf16_flop_per_second for limits in every]
+        return cls(
+            threads=every[0].threads,
+            read_bytes_per_second=statistics.median(one.read_bytes_per_second for one in every),
+            bf16_flop_per_second=statistics.median(f for f in flop if f) if all(flop) else None,
+        )
 
     def __str__(self) -> str:
         """As a table's title has it."""
@@ -42,17 +55,50 @@ class Limits(Settings):
         return f"{read}, {self.bf16_flop_per_second / 1e9:.0f} GFLOP/s of bf16"
 
 
-def measure(threads: int) -> Limits:
-    """Both limits with `threads` threads, in a few seconds."""
-    library, words = _library(), _words(READ_BYTES // 8)
-    reads = [_seconds(partial(read_words, words, streams, threads)) for streams in STREAMS]
-    flop = int(library.multiply_add(1, threads)) * ROUNDS
-    seconds = _seconds(partial(library.multiply_add, ROUNDS, threads))
-    return Limits(
-        threads=threads,
-        read_bytes_per_second=READ_BYTES / min(reads),
-        bf16_flop_per_second=flop / seconds if flop else None,
-    )
+class Ruler:
+    """The limits, measured a little at a time between other things.
+
+    Other guests of a machine take their part of its memory, now more, now less: a limit of another
+    minute is none.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._words = _words(READ_BYTES // 8).split(PART_BYTES // 8)
+        self._seconds: list[tuple[float, float]] = []
+        self._streams = min(STREAMS, key=self._fastest)
+
+    def measure(self) -> None:
+        """Read one part, the next one each time, and multiply for a moment."""
+        words = self._words[len(self._seconds) % len(self._words)]
+        read = seconds(partial(read_words, words, self._streams, self._threads))
+        self._seconds.append((read, seconds(partial(multiply_add, ROUNDS, self._threads))))
+
+    def limits(self) -> Limits:
+        """What was measured so far."""
+        read, multiplied = (statistics.median(s) for s in zip(*self._seconds, strict=True))
+        flop = multiply_add(1, self._threads) * ROUNDS
+        return Limits(
+            threads=self._threads,
+            read_bytes_per_second=PART_BYTES / read,
+            bf16_flop_per_second=flop / multiplied if flop else None,
+        )
+
+    def _fastest(self, streams: int) -> float:
+        parts = self._words * REPEATS
+        return min(seconds(partial(read_words, part, streams, self._threads)) for part in parts)
+
+
+def seconds(run: Callable[[], int]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def multiply_add(rounds: int, threads: int) -> int:
+    """Multiply bf16 pairs in registers; the operations done, 0 without such an instruction."""
+    return int(_library().multiply_add(rounds, threads))
 
 
 def read_words(words: torch.Tensor, streams: int, threads: int) -> int:
@@ -67,15 +113,6 @@ def _words(count: int) -> torch.Tensor:
         memory.madvise(mmap.MADV_HUGEPAGE)
     # Filled, because untouched memory is one page of zeros over and over.
     return torch.frombuffer(memory, dtype=torch.int64).fill_(1)
-
-
-def _seconds(run: Callable[[], int]) -> float:
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 @cache

@@ -3,6 +3,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from bench import kernel_report, kernels, stored
 from bench.contestants import Contestant
-from bench.kernel_report import Cell, KernelReport, Place
+from bench.kernel_report import Cell, KernelReport, Place, PlaceLimits
 from bench.kernels import time_in_turn
 from bench.limits import Limits
 from bench.shapes import SHAPES
@@ -33,6 +34,18 @@ def cell(contestant: str, kind: str, milliseconds: float, tokens: int = 1) -> Ce
             "read_bytes": 30e6,
             "flop": 60e6,
         }
+    )
+
+
+def limits(flop: float | None) -> tuple[PlaceLimits, ...]:
+    return tuple(
+        PlaceLimits.model_validate(
+            {
+                "place": {"shape": "s", "routing": "even", "threads": 1, "tokens": tokens},
+                "limits": Limits(threads=1, read_bytes_per_second=read, bf16_flop_per_second=flop),
+            }
+        )
+        for tokens, read in ((1, 20e9), (8, 24e9))
     )
 
 
@@ -59,10 +72,7 @@ def report(*cells: Cell, experts: int = 8) -> KernelReport:
                 "seconds": 1,
                 "memory_limit": 2_000_000_000,
             },
-            "limits": [
-                Limits(threads=n, read_bytes_per_second=20e9, bf16_flop_per_second=None)
-                for n in (1, 2)
-            ],
+            "limits": limits(None),
             "checks": (),
             "layers": [{"shape": "s", "num_experts": experts, "published_experts": 8}],
             "cells": cells,
@@ -92,7 +102,7 @@ def test_readme_table_has_a_line_per_number_of_tokens() -> None:
     assert lines[0].endswith("| fastest dense | zentorch int8 | λ = 40% |")
     assert lines[2] == "| s | even | 1 | 1 | 3 ms (zentorch) | 1.50× | 2.00× |"
     assert lines[3] == "| s | even | 1 | 8 | 10 ms (vLLM's own) |  | 1.25× |"
-    assert "CPU (avx2): with 1 thread reads 20 GB/s. torch 2, zentorch 3, commit abc." in lines[5]
+    assert "CPU (avx2): with 1 thread reads 22 GB/s. torch 2, zentorch 3, commit abc." in lines[5]
 
 
 def test_dropped_experts_and_a_missing_baseline_are_said() -> None:
@@ -106,16 +116,15 @@ def test_dropped_experts_and_a_missing_baseline_are_said() -> None:
 
 def test_console_table_sets_rates_beside_the_machine_s_limits() -> None:
     (table,) = kernel_report.console_tables(report(*RIVALS))
-    assert str(table.title) == "s, even routing, 1 thread; the machine reads 20 GB/s"
+    assert str(table.title) == "s, even routing, 1 thread; the machine reads 22 GB/s"
     columns = [list(column.cells) for column in table.columns]
     ours = [column[3] for column in columns]
     assert ours == ["1", "λ = 40%", "1.50", "2.00", "20.0", "40.0"]
 
 
 def test_the_unpruned_layer_is_set_beside_the_machine_s_limits() -> None:
-    limit = Limits(threads=1, read_bytes_per_second=20e9, bf16_flop_per_second=24e9)
     ours = (cell("λ = 0%", "camera", 2), cell("λ = 0%", "camera", 5, tokens=8), *RIVALS)
-    found = report(*ours).model_copy(update={"limits": (limit,)})
+    found = report(*ours).model_copy(update={"limits": limits(24e9)})
     (note,) = kernel_report.near_limits(found)
     # 30 MB in 2 ms, 60 MFLOP in 5 ms.
     assert note == (
@@ -137,11 +146,14 @@ def test_contestants_take_turns_on_the_same_input_which_then_changes() -> None:
         return Contestant(name, "dense", run, torch.ones(1), torch.ones(1))
 
     inputs = [(torch.zeros(1), torch.zeros(1), torch.tensor(i)) for i in range(3)]
-    times = time_in_turn([rival("a"), rival("b")], inputs, seconds=0)
+    measured: list[int] = []
+    ruler: Any = SimpleNamespace(measure=lambda: measured.append(len(calls)))
+    times = time_in_turn([rival("a"), rival("b")], inputs, 0, ruler)
     assert {name: len(found) for name, found in times.items()} == {"a": 5, "b": 5}
     # The first round warms up and is not timed.
     rounds = [2, 0, 1, 2, 0, 1]
     assert calls == [(name, i) for i in rounds for name in ("a", "b")]
+    assert measured == [4, 6, 8, 10, 12]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> int:
@@ -156,7 +168,6 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> int
 def test_a_run_times_every_kernel_in_every_cell_and_stores_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bench.limits.REPEATS", 1)
     plans = ("16:0.5,0:0.5", "3:0.2,2:0.6,1:0.2")
     arguments = ("--shape", "tiny", "--tokens", "1,3", "--routing", "even", "skewed")
     assert run(monkeypatch, tmp_path, *arguments, "--seconds", "0", "--plans", *plans) == 0
@@ -193,7 +204,6 @@ def killed(*given: Any) -> None:
 def test_a_process_that_is_killed_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bench.limits.REPEATS", 1)
     monkeypatch.setattr(kernels, "time_shape", killed)
     monkeypatch.setattr(kernels, "check", lambda *given: [])
     assert run(monkeypatch, tmp_path, "--shape", "tiny", "--memory-limit", "1") == 1
@@ -238,7 +248,6 @@ def test_a_mistake_is_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("bench.limits.REPEATS", 1)
     assert run(monkeypatch, tmp_path, "--shape", "tiny", *arguments) == 1
     (error,) = [e for e in capsys.readouterr().err.splitlines() if not e.startswith("kernels:")]
     assert error.startswith("error: ") and message in error
@@ -251,4 +260,4 @@ def test_a_report_of_another_version_is_refused(
     path.parent.mkdir()
     path.write_text(json.dumps({**report(*RIVALS).model_dump(mode="json"), "version": 1}))
     assert run(monkeypatch, tmp_path, "--readme") == 1
-    assert "version: Input should be 2; measure again" in capsys.readouterr().err
+    assert "version: Input should be 3; measure again" in capsys.readouterr().err

@@ -180,7 +180,7 @@ Case random_case(Random& random) {
     for (size_t t = 0; t < c.bits.size(); ++t)
       c.rows.back().push_back(random.of<int64_t>({0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 47, 49, 65}));
   }
-  c.num_tokens = random.of<int64_t>({0, 1, 2, 3, 5, 6, 7, 8, 11, 12, 13, 19});
+  c.num_tokens = random.of<int64_t>({0, 1, 2, 3, 5, 6, 7, 8, 11, 12, 13, 19, 49, 61});
   c.top_k = random.up_to(3);
   c.one_expert = random.up_to(4) == 0;
   return c;

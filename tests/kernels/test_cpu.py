@@ -136,7 +136,8 @@ HOSTILE = {
 @pytest.mark.parametrize("widths", HOSTILE.values(), ids=HOSTILE.keys())
 def test_it_is_eq_5_on_hostile_widths(widths: list[int], bits: tuple[int, ...]) -> None:
     layer = make_layer(turned(widths, len(bits)), bits)
-    for num_tokens in (1, 7):
+    # Of many tokens of an expert, codes are unpacked first.
+    for num_tokens in (1, 7, 120):
         check(layer, random_x(num_tokens), *route(num_tokens, len(widths)))
 
 
@@ -157,7 +158,7 @@ def test_any_number_of_tokens(bits: tuple[int, ...]) -> None:
 )
 def test_any_d_model_and_group_size(d_model: int, group: int, bits: tuple[int, ...]) -> None:
     layer = make_layer(turned([33, 5, 18], len(bits)), bits, d_model, group)
-    for num_tokens in (1, 5):
+    for num_tokens in (1, 5, 90):
         check(layer, random_x(num_tokens, d_model), *route(num_tokens, 3))
 
 

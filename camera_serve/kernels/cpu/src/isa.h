@@ -53,7 +53,8 @@ struct DownJob {
 struct Extent {
   int64_t tokens;     // of one expert
   int64_t rows;       // packed and padded, of one expert
-  int64_t group_size;
+  int64_t group_size; // this and d_model only where something is packed, or 0
+  int64_t d_model;
 };
 
 struct Isa {

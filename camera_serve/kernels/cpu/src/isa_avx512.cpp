@@ -14,6 +14,7 @@ constexpr int kTile = 6;        // tokens whose sums stay in registers, with 4 v
 constexpr int64_t kDenseBlock = 4096;  // summed weights of a 16-bit panel that level 2 should hold
 constexpr int64_t kDownRows = 2048;    // 16-bit rows of down whose columns level 2 should hold
 constexpr int64_t kCodesAhead = 2048;  // bytes of codes to fetch ahead
+constexpr int64_t kUnpackFrom = 48;    // tokens for which a panel of codes is unpacked first
 
 using Vec = __m512;
 using Words = __m512i;
@@ -191,6 +192,18 @@ struct Codes {
   }
 };
 
+// The weights of pair `pair` of a unit as one bf16 each: eight bits fill its significand.
+template <int kBits>
+CAMERA_INLINE Words whole_codes(const Codes<kBits>& codes, const Words* words, int pair) {
+  if (kBits != 8) return codes.at(words, pair, 0);
+  const Words word = _mm512_srli_epi16(words[pair / 2], pair % 2 * 8);
+  const Words mask = _mm512_set1_epi32(0xff);
+  const Vec even = _mm512_cvtepi32_ps(_mm512_and_si512(word, mask));
+  const Vec odd = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(word, 16), mask));
+  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16),
+                         _mm512_castps_si512(odd));
+}
+
 // sums[m][n] += a[m] · the unit's codes, for N vectors of lanes; word w of vector n at
 // `unit + w * word_bytes + offsets[n]`.
 template <int kBits, int M, int N>
@@ -364,7 +377,7 @@ constexpr CodesFunction kCodesTiles[kTile + 1] = {
 template <int kBits>
 void gate_up_codes(const GateUpJob& job, float* totals) {
   const int64_t rows = job.shape.rows, size = tile_size(job.routed.count, kTile);
-  const int64_t group_bytes = job.shape.gate_up_row_bytes() / job.shape.groups() * rows;
+  const int64_t group_bytes = job.shape.gate_up_group_bytes();
   const CodesFunction* tiles = rows > kLanes ? kCodesTiles<kBits, 2> : kCodesTiles<kBits, 1>;
   for (int64_t group = 0; group < job.shape.groups(); ++group) {
     const uint8_t* from = job.panel + group * group_bytes;
@@ -376,6 +389,74 @@ void gate_up_codes(const GateUpJob& job, float* totals) {
       tiles[count]({job, first, count, totals + first * 2 * kPanelRows},
                    group * job.shape.group_size, from + 8 * rows, grid, group);
     }
+  }
+}
+
+// A panel of codes for many tokens: unpacked once, to `[d_model / 2][4]` vectors.
+template <int kBits>
+void unpack_panel(const GateUpJob& job, Words* to) {
+  const Codes<kBits> codes;
+  const int64_t rows = job.shape.rows, unit_bytes = kBits * 8 * rows;
+  const uint8_t* unit = job.panel;
+  for (int64_t k = 0; k < job.shape.d_model; k += kUnit, unit += unit_bytes, to += 4 * kUnitPairs) {
+    if (k % job.shape.group_size == 0) unit += 8 * rows;
+    for (int n = 0; n < 4; ++n) {
+      const int64_t row = n % 2 * kLanes;
+      const uint8_t* from = unit + (n / 2 * rows + row) * 4;
+      Words words[kBits];
+#pragma GCC unroll 8
+      for (int w = 0; w < kBits; ++w)
+        words[w] = _mm512_maskz_loadu_epi32(first_lanes(rows > row ? rows - row : 0),
+                                            from + w * 8 * rows);
+#pragma GCC unroll 16
+      for (int pair = 0; pair < kUnitPairs; ++pair)
+        _mm512_store_si512(to + pair * 4 + n, whole_codes<kBits>(codes, words, pair));
+    }
+  }
+}
+
+template <int M>
+void unpacked_tile(const PanelTile& tile, const Words* weights) {
+  const Shape& shape = tile.job.shape;
+  const auto* from = reinterpret_cast<const uint8_t*>(weights);
+  Streams streams{from, from + 2 * 64, 4 * 64, shape.group_size / 2, 0xffff, Fetch::none, {}, {}, {}};
+  const uint16_t* a[M];
+  tile.rows_of_x(0, a);
+  for (int64_t group = 0; group < shape.groups(); ++group) {
+    const Grid grid = read_grid(tile.job.panel + group * shape.gate_up_group_bytes(), shape.rows);
+    Vec sums[M][4] = {};
+    multiply<M, 2, 2, true, Fetch::none>(a, streams, 0, streams.pairs, sums);
+    add_to_totals<M, 2>(tile, sums, grid, group);
+    streams.first += streams.pairs * streams.step;
+    streams.second += streams.pairs * streams.step;
+    for (int m = 0; m < M; ++m) a[m] += shape.group_size;
+  }
+}
+
+using UnpackedFunction = void (*)(const PanelTile&, const Words*);
+
+constexpr UnpackedFunction kUnpackedTiles[kTile + 1] = {
+    nullptr,          unpacked_tile<1>, unpacked_tile<2>, unpacked_tile<3>,
+    unpacked_tile<4>, unpacked_tile<5>, unpacked_tile<6>,
+};
+
+template <int kBits>
+void gate_up_unpacked(const GateUpJob& job, float* totals) {
+  auto* unpacked = reinterpret_cast<Words*>(totals + job.routed.count * 2 * kPanelRows);
+  unpack_panel<kBits>(job, unpacked);
+  const int64_t size = tile_size(job.routed.count, kTile);
+  for (int64_t first = 0; first < job.routed.count; first += size) {
+    const int64_t left = job.routed.count - first, count = left < size ? left : size;
+    kUnpackedTiles[count]({job, first, count, totals + first * 2 * kPanelRows}, unpacked);
+  }
+}
+
+template <int kBits>
+void gate_up_packed(const GateUpJob& job, float* totals) {
+  if (job.routed.count >= kUnpackFrom) {
+    gate_up_unpacked<kBits>(job, totals);
+  } else {
+    gate_up_codes<kBits>(job, totals);
   }
 }
 
@@ -404,11 +485,11 @@ void gate_up(const GateUpJob& job) {
   std::memset(totals, 0, job.routed.count * 2 * kPanelRows * 4);
   switch (job.shape.bits) {
     case 16: gate_up_16(job, totals); break;
-    case 8: gate_up_codes<8>(job, totals); break;
-    case 4: gate_up_codes<4>(job, totals); break;
-    case 3: gate_up_codes<3>(job, totals); break;
-    case 2: gate_up_codes<2>(job, totals); break;
-    case 1: gate_up_codes<1>(job, totals); break;
+    case 8: gate_up_packed<8>(job, totals); break;
+    case 4: gate_up_packed<4>(job, totals); break;
+    case 3: gate_up_packed<3>(job, totals); break;
+    case 2: gate_up_packed<2>(job, totals); break;
+    case 1: gate_up_packed<1>(job, totals); break;
   }
   activate(job, totals);
 }
@@ -666,7 +747,8 @@ void down(const DownJob& job) {
 }
 
 int64_t scratch_bytes(const Extent& most) {
-  const int64_t gate_up = most.tokens * 2 * kPanelRows * 4;
+  const int64_t unpacked = most.tokens < kUnpackFrom ? 0 : most.d_model * 2 * kPanelRows * 2;
+  const int64_t gate_up = most.tokens * 2 * kPanelRows * 4 + unpacked;
   const int64_t down = most.rows * (2 * 4 + kTile * 2);
   return gate_up > down ? gate_up : down;
 }

@@ -41,9 +41,9 @@ struct Shape {
 
   // Gate and up: panels of 32 micro-experts, the last one as narrow as it comes.
   CAMERA_INLINE int64_t gate_up_row_bytes() const {
-    if (!is_packed(bits)) return d_model * 4;
-    return groups() * (8 + group_size / kUnit * bits * 8);
+    return is_packed(bits) ? groups() * (8 + group_size / kUnit * bits * 8) : d_model * 4;
   }
+  CAMERA_INLINE int64_t gate_up_group_bytes() const { return gate_up_row_bytes() / groups() * rows; }
   CAMERA_INLINE int64_t gate_up_bytes() const { return rows * gate_up_row_bytes(); }
   CAMERA_INLINE int64_t num_panels() const { return ceil_div(rows, kPanelRows); }
   CAMERA_INLINE int64_t panel_rows(int64_t panel) const {

@@ -155,7 +155,10 @@ class Run {
       most_.rows = std::max(most_.rows, packed_rows);
       experts_.push_back(std::move(expert));
     }
-    most_.group_size = most_.rows ? layer_.group_size : 0;
+    if (most_.rows) {
+      most_.group_size = layer_.group_size;
+      most_.d_model = layer_.d_model;
+    }
   }
 
   // Wide ranges share the scaling of activations between their blocks; many threads want narrow.
