@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -21,12 +22,12 @@ SOURCE = Path(__file__).parent / "limits.cpp"
 READ_BYTES = 2**29
 PART_BYTES = 2**26
 STREAMS = (1, 4, 8, 16)
-REPEATS = 5
-ROUNDS = 2**16
+TRIES = 4
+ROUNDS = 2**18
 
 
 class Limits(Settings):
-    """Medians of what the machine reached with a number of threads.
+    """What the machine reached with some threads: medians over time of the best of a few tries.
 
     `read_bytes_per_second`: a loop that sums parts of a buffer larger than the caches.
     `bf16_flop_per_second`: `vdpbf16ps` on registers; None without that instruction.
@@ -64,15 +65,16 @@ class Ruler:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._words = _words(READ_BYTES // 8).split(PART_BYTES // 8)
+        # Far more than the caches hold, and read in a circle.
+        self._words = cycle(_words(READ_BYTES // 8).split(PART_BYTES // 8))
         self._seconds: list[tuple[float, float]] = []
         self._streams = min(STREAMS, key=self._fastest)
 
     def measure(self) -> None:
-        """Read one part, the next one each time, and multiply for a moment."""
-        words = self._words[len(self._seconds) % len(self._words)]
-        read = seconds(partial(read_words, words, self._streams, self._threads))
-        self._seconds.append((read, seconds(partial(multiply_add, ROUNDS, self._threads))))
+        """Read a few parts, the next ones each time, and multiply for a moment."""
+        read = self._fastest(self._streams)
+        multiplied = (seconds(partial(multiply_add, ROUNDS, self._threads)) for _ in range(TRIES))
+        self._seconds.append((read, min(multiplied)))
 
     def limits(self) -> Limits:
         """What was measured so far."""
@@ -85,7 +87,7 @@ class Ruler:
         )
 
     def _fastest(self, streams: int) -> float:
-        parts = self._words * REPEATS
+        parts = islice(self._words, TRIES)
         return min(seconds(partial(read_words, part, streams, self._threads)) for part in parts)
 
 

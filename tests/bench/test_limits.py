@@ -23,12 +23,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "ROUNDS", 1000)
 
 
-def test_rates_are_medians_of_all_measurements(
+def test_rates_are_medians_of_the_best_of_a_few_tries(
     small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ruler = limits.Ruler(threads=2)
-    times = iter([0.5, 0.001, 0.25, 0.004, 0.125, 0.002])
+    times = iter([0.5, 0.9, 0.001, 0.9, 0.9, 0.25, 0.9, 0.004, 0.125, 0.9, 0.9, 0.002])
     monkeypatch.setattr(limits, "seconds", lambda run: run() and next(times))
+    monkeypatch.setattr(limits, "TRIES", 2)
     if not HAS_BF16:
         monkeypatch.setattr(limits, "multiply_add", lambda rounds, threads: 1)
     for _ in range(3):
@@ -48,9 +49,8 @@ def test_every_part_is_read_in_turn(small: None, monkeypatch: pytest.MonkeyPatch
         return 1
 
     monkeypatch.setattr(limits, "read_words", note)
-    for _ in range(4):
-        ruler.measure()
-    assert len(set(read[:3])) == 3 and read[3] == read[0]
+    ruler.measure()
+    assert limits.TRIES == 4 and len(set(read[:3])) == 3 and read[3] == read[0]
     assert sum(size for _, size in read[:3]) == 3 * 2**20
 
 
