@@ -106,7 +106,7 @@ def compress(
             logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
             _compress_layers(run, tokens, reporter)
             report = _write_rest(run, str(model), print_)
-            logger.info("expert weights: %.1f%% removed", 100 * report.removed_of_experts)
+            logger.info("expert weights: %.1f%% smaller", 100 * report.saved_of_experts)
     except DamagedWeightsError:
         # The model fails again at the same tensor: there is nothing to resume.
         workspace.discard()

@@ -38,11 +38,11 @@ class CompressionReport(Settings):
     layers: tuple[LayerReport, ...]
 
     @property
-    def removed_of_experts(self) -> float:
-        """Share of expert bytes removed: λ, up to alignment."""
+    def saved_of_experts(self) -> float:
+        """Share of expert bytes saved: λ where nothing is quantized, up to alignment."""
         return 1 - self.expert_bytes_after / self.expert_bytes_before
 
     @property
-    def removed_of_all(self) -> float:
-        """Share of all bytes of the model removed."""
+    def saved_of_all(self) -> float:
+        """Share of all bytes of the model saved."""
         return 1 - self.total_bytes_after / self.total_bytes_before

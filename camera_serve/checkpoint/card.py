@@ -19,8 +19,8 @@ decoding-time energy on calibration text. This checkpoint holds them by rank und
 
 | | original | this checkpoint |
 |---|---|---|
-| expert weights | {expert_before:.3f} GB | {expert_after:.3f} GB ({expert_removed:.1%} removed) |
-| whole model | {total_before:.3f} GB | {total_after:.3f} GB ({total_removed:.1%} removed) |
+| expert weights | {expert_before:.3f} GB | {expert_after:.3f} GB ({expert_saved:.1%} smaller) |
+| whole model | {total_before:.3f} GB | {total_after:.3f} GB ({total_saved:.1%} smaller) |
 
 Calibration: {samples} × {seq_len} tokens of `{source}`, α = {alpha}. `camera_recipe.yaml` holds all
 settings, `camera_report.json` the kept widths and the tokens each expert saw.
@@ -49,10 +49,10 @@ def model_card(source: Path, report: CompressionReport) -> str:
         plan=report.recipe.plan,
         expert_before=report.expert_bytes_before / 1e9,
         expert_after=report.expert_bytes_after / 1e9,
-        expert_removed=report.removed_of_experts,
+        expert_saved=report.saved_of_experts,
         total_before=report.total_bytes_before / 1e9,
         total_after=report.total_bytes_after / 1e9,
-        total_removed=report.removed_of_all,
+        total_saved=report.saved_of_all,
         samples=calibration.samples,
         seq_len=calibration.seq_len,
         source=Path(calibration.source).name,

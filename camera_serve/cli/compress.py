@@ -139,17 +139,17 @@ def _summary(report: "CompressionReport", output: Path) -> str:
     experts = _change(report.expert_bytes_before, report.expert_bytes_after)
     total = _change(report.total_bytes_before, report.total_bytes_after)
     lines = [f"{'expert weights':<15} {experts}", f"{'all weights':<15} {total}"]
-    unseen = {r.layer: len(r.unseen_experts) for r in report.layers if r.unseen_experts}
-    if unseen:
+    more = "give more calibration text if they matter"
+    if unseen := [len(r.unseen_experts) for r in report.layers if r.unseen_experts]:
         lines.append(
-            f"{sum(unseen.values())} experts in {len(unseen)} layers saw no calibration token and "
-            "were ranked last: give more calibration text if they matter"
+            "experts that saw no calibration token and were ranked last: "
+            f"{sum(unseen)}, in {len(unseen)} of {len(report.layers)} layers; {more}"
         )
     rounded = sum(len(r.rounded_experts) for r in report.layers)
     if rounded and report.recipe.solver == "gptq":
         lines.append(
-            f"{rounded} experts saw too few calibration tokens for GPTQ and were rounded to "
-            "nearest: give more calibration text if they matter"
+            "experts that saw too few calibration tokens for GPTQ and were rounded to nearest: "
+            f"{rounded}; {more}"
         )
     lines.append(f"wrote {output}; next: vllm serve {output}")
     return "\n".join(lines)
@@ -157,4 +157,4 @@ def _summary(report: "CompressionReport", output: Path) -> str:
 
 def _change(before: int, after: int) -> str:
     share = percent(1 - after / before)
-    return f"{human_bytes(before)} -> {human_bytes(after)} ({share} removed)"
+    return f"{human_bytes(before)} -> {human_bytes(after)} ({share} smaller)"

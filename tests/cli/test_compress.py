@@ -28,7 +28,7 @@ def test_prune_removes_the_share_and_says_what_comes_next(
     result = run("compress", model, "-o", output, "--prune", 0.5, "--align", 8, *small)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == f"wrote {output}; next: vllm serve {output}"
-    assert "456.0 KiB -> 228.0 KiB (50.0% removed)" in result.stdout
+    assert "456.0 KiB -> 228.0 KiB (50.0% smaller)" in result.stdout
     assert "compress  2/2 layers" in result.stderr
     assert digest(model) == before
     kept = json.loads((output / "config.json").read_text())["quantization_config"]["layers"]
