@@ -67,7 +67,7 @@ class Place(Settings):
 
 
 class PlaceLimits(Settings):
-    """What the machine could do at most while a place was timed."""
+    """What the machine could do while a place was timed."""
 
     place: Place
     limits: Limits
@@ -174,9 +174,8 @@ def markdown(report: KernelReport) -> str:
         cells = {cell.contestant: cell for cell in report.at(place)}
         dense = report.dense(place)
         found = [f"{report.ratio(cells[n]):.2f}×" if n in cells else "" for n in names]
-        fastest = f"{dense.median_seconds * 1e3:.3g} ms ({dense.contestant})"
         where = (place.shape, place.routing, str(place.threads), str(place.tokens))
-        lines.append("| " + " | ".join([*where, fastest, *found]) + " |")
+        lines.append("| " + " | ".join([*where, dense.contestant, *found]) + " |")
     return "\n".join([*lines, "", _caption(report)])
 
 
@@ -220,7 +219,7 @@ def _caption(report: KernelReport) -> str:
     limits = [f"with {_threads(count)} {report.limits_of(count)}" for count in used]
     layer = report.settings.seed
     parts = [
-        "One MoE layer, median time; × is the speed over the fastest dense kernel in the same run",
+        "One MoE layer, median times; × is the speed over the fastest dense kernel in the same run",
         f"Widths are those of layer {layer} of the energies' spread on the reference MoE",
         *near_limits(report),
         *notes(report),

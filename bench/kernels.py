@@ -3,7 +3,7 @@
     python -m bench.kernels [--shape qwen3-30b-a3b ...] [--tokens 1,8,32] [--threads 1,2]
     python -m bench.kernels --readme
 
-The first checks the kernel, measures the machine's limits, times everything in turn and writes
+The first checks the kernel, times everything and the machine's limits in turn and writes
 `bench/results/`; the second only puts the stored table in README.md, or the part of it that
 `--shape`, `--tokens`, `--threads` and `--routing` name.
 """
@@ -273,7 +273,9 @@ def time_in_turn(
             start = time.perf_counter()
             rival.run(*inputs[done % len(inputs)])
             times[rival.name].append(time.perf_counter() - start)
+        start = time.perf_counter()
         ruler.measure()
+        end += time.perf_counter() - start
         done += 1
     return times
 

@@ -1,4 +1,4 @@
-"""What the machine can do at most: the two figures every kernel's speed is read against."""
+"""What the machine can do: the two figures every kernel's speed is read against."""
 
 import ctypes
 import mmap
@@ -108,6 +108,7 @@ def read_words(words: torch.Tensor, streams: int, threads: int) -> int:
     return int(_library().read_words(words.data_ptr(), words.numel(), streams, threads))
 
 
+@cache
 def _words(count: int) -> torch.Tensor:
     """Words in huge pages where the system has them, as the kernel keeps its weights."""
     memory = mmap.mmap(-1, 8 * count)

@@ -12,7 +12,7 @@ from types import FrameType
 
 @contextmanager
 def interrupts_kept() -> Iterator[Callable[[], None]]:
-    """A check that raises `KeyboardInterrupt` once the user has pressed Ctrl-C.
+    """A check that raises `KeyboardInterrupt` once the user has pressed Ctrl-C; leaving checks too.
 
     What fails inside after that fails because of it, and is raised as `KeyboardInterrupt` too.
     """
@@ -35,6 +35,7 @@ def interrupts_kept() -> Iterator[Callable[[], None]]:
     signal.signal(signal.SIGINT, note)
     try:
         yield check
+        check()
     except Exception as error:
         if interrupted:
             raise KeyboardInterrupt from error

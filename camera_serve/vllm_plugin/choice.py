@@ -19,6 +19,7 @@ def pack(layer: nn.Module, rows: RaggedLayer, like: torch.Tensor, top_k: int) ->
     """Hand rows over to the fastest kernel there is; it holds them on `layer`, `rows` are used up.
 
     like: any tensor `[…, d_model]` of the activations' dtype and device; top_k: experts per token.
+    Raises `KernelError` for rows the kernel cannot take, `KernelBuildError` without a compiler.
     """
     if reason := why_no_kernel(like.dtype):
         logger.warning_once("camera-serve: experts run in plain torch, slowly: %s", reason)

@@ -41,6 +41,11 @@ def test_an_interrupt_that_was_swallowed_is_raised_at_the_next_check() -> None:
         check()
 
 
+def test_an_interrupt_that_was_swallowed_is_raised_at_the_end_at_last() -> None:
+    with pytest.raises(KeyboardInterrupt), interrupts_kept():
+        lose_interrupt()
+
+
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(ValueError, match="a mistake"), interrupts_kept():
         raise ValueError("a mistake")

@@ -1,6 +1,7 @@
 """Progress on stderr: plain lines in a log, a bar on a terminal."""
 
 import io
+import signal
 import sys
 
 import pytest
@@ -29,6 +30,18 @@ def test_a_log_gets_one_plain_line_per_layer(capsys: pytest.CaptureFixture[str])
         "compress  0/28 layers  0 s, peak memory 1.0 GiB",
         "compress  7/28 layers  1 min 10 s, 3 min 30 s left, peak memory 1.5 GiB",
     ]
+
+
+def test_a_report_raises_the_interrupt_that_a_library_swallowed() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), shown_progress() as on_progress:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            on_progress(REPORTS[0])
+            pytest.fail("the report passed")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_terminal_gets_a_bar_with_time_left_and_memory(

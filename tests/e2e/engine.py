@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,8 +51,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """Answers to the prompts, and the resident bytes of packed and of routed experts on
-    the first rank."""
+    """Answers to the prompts; resident bytes of routed and packed shared experts, first rank."""
 
     answers: list[Answer]
     expert_bytes: int
@@ -115,13 +114,24 @@ def _expert_bytes(model: Any) -> int:
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if isinstance(module, RoutedExperts) or isinstance(method, PackedLinearMethod):
-            # Wherever a second copy could hide, not only where the weights should be.
-            for owner in (vars(module), vars(method), module._parameters):
-                for value in owner.values():
-                    if hasattr(value, "untyped_storage") and _is_weight(value):
-                        storage = value.untyped_storage()
-                        sizes[storage.data_ptr()] = storage.nbytes()
+            for tensor in held_tensors([vars(module), method]):
+                if _is_weight(tensor):
+                    storage = tensor.untyped_storage()
+                    sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
+
+
+def held_tensors(value: Any) -> Iterator[Any]:
+    """Wherever a second copy of weights could hide: in containers and in this project's objects."""
+    if hasattr(value, "untyped_storage"):
+        yield value
+        return
+    if type(value).__module__.startswith("camera_serve."):
+        value = vars(value)
+    items = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list | tuple):
+        for item in items:
+            yield from held_tensors(item)
 
 
 def _is_weight(tensor: Any) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import torch
 from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier, dense_rows
 from camera_serve.kernels import ragged_moe as reference
 from camera_serve.kernels.reference import Rows
+from camera_serve.kernels.triton import moe as moe_module
 from camera_serve.kernels.triton import pack_layer, ragged_moe
 from camera_serve.kernels.triton import tiles as tiles_module
 from camera_serve.kernels.triton.routing import route
@@ -223,6 +225,33 @@ def test_many_blocks_tiles_and_splits(bits: tuple[int, ...], dtype: torch.dtype)
     packed = pack_layer(deepcopy(layer), dtype)
     assert split_rows(packed, tiles, active=4, units=2) < packed.most_rows
     check(layer, random_x(50, 64, dtype), *route_randomly(50, 3, 2), tiles)
+
+
+@here
+@pytest.mark.parametrize(("num_tokens", "is_split"), [(1, True), (400, False)])
+def test_rows_are_split_where_few_tokens_leave_programs_idle(
+    num_tokens: int, is_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every split is another sum of each slot in memory: of a prompt's they would be gigabytes."""
+    layer = pack_layer(make_layer([(70,)], [16], torch.float32), torch.float32)
+    splits, kernel = [], moe_module.down
+
+    class Noted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(
+                hidden: torch.Tensor, partial: torch.Tensor, *rest: Any, **more: Any
+            ) -> None:
+                splits.append(partial.shape[2])
+                kernel[grid](hidden, partial, *rest, **more)
+
+            return launch
+
+    monkeypatch.setattr(moe_module, "down", Noted())
+    ids = torch.zeros(num_tokens, 1, dtype=torch.int32, device=DEVICE)
+    weights = torch.ones(num_tokens, 1, device=DEVICE)
+    x, tiles = random_x(num_tokens, 64, torch.float32), small_tiles(programs=6)
+    ragged_moe(x, weights, ids, layer, tiles)
+    assert (splits[0] > 1) == is_split
 
 
 @here

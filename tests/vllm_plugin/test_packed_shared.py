@@ -1,82 +1,26 @@
 """A packed shared expert, loaded and called as vLLM calls its two linear layers."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.activation import SiluAndMul
 
 from camera_serve.checkpoint.format import Tiers
 from camera_serve.errors import CheckpointError
-from camera_serve.vllm_plugin.packed_shared import (
-    PackedDownMethod,
-    PackedGateUpMethod,
-    PackedLinearMethod,
-    PackedSharedExpert,
-)
-from tests.vllm_plugin.experts import Experts, random_experts
+from camera_serve.vllm_plugin.packed_shared import PackedSharedExpert
+from tests.vllm_plugin.experts import random_experts
+from tests.vllm_plugin.shared_mlp import Mlp, exact
 
 D_MODEL = 64
 TIERS = Tiers((16, 3, 1), 32)
 COUNTS = (5, 40, 3)
-SHARD_IDS = {"w1": 0, "w3": 1, "w2": None}
 
 
 @pytest.fixture(autouse=True)
 def vllm_config() -> Iterator[None]:
     with set_current_vllm_config(VllmConfig()):
         yield
-
-
-class Mlp:
-    """The two linear layers on one rank, ready to serve; `first`: which is loaded first."""
-
-    def __init__(
-        self,
-        experts: Experts,
-        dtype: torch.dtype = torch.float32,
-        tp: tuple[int, int] = (1, 0),
-        first: str = "gate_up_proj",
-        without: str = "",
-    ) -> None:
-        self.layers: dict[str, Any] = {}
-        shared = PackedSharedExpert(experts.counts, experts.tiers, "mlp.shared_expert")
-        self.methods: dict[str, PackedLinearMethod] = {
-            "gate_up_proj": PackedGateUpMethod(shared),
-            "down_proj": PackedDownMethod(shared),
-        }
-        self.act = SiluAndMul()
-        for linear in sorted(self.methods, reverse=first == "gate_up_proj"):
-            layer = self.layers[linear] = nn.Module()
-            layer.tp_size, layer.tp_rank = tp  # type: ignore[assignment]
-            self._load(experts, linear, dtype, without)
-
-    def _load(self, experts: Experts, linear: str, dtype: torch.dtype, without: str) -> None:
-        method, layer, width = self.methods[linear], self.layers[linear], experts.num_rows
-        sizes = (width, [D_MODEL]) if linear == "down_proj" else (D_MODEL, [width, width])
-        method.create_weights(layer, *sizes, sizes[0], sum(sizes[1]), dtype)
-        for (_, shard, part), tensor in experts.tensors.items():
-            if (shard == "w2") == (linear == "down_proj") and part != without:
-                param = getattr(layer, part)
-                param.weight_loader(param, tensor, SHARD_IDS[shard])
-        method.process_weights_after_loading(layer)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        gate_up = self.methods["gate_up_proj"].apply(self.layers["gate_up_proj"], x)
-        return self.methods["down_proj"].apply(self.layers["down_proj"], self.act(gate_up))
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(p.nbytes for layer in self.layers.values() for p in layer.parameters())
-
-
-def exact(experts: Experts, x: torch.Tensor) -> torch.Tensor:
-    num_tokens = len(x)
-    ids = torch.zeros(num_tokens, 1, dtype=torch.int32)
-    return experts.output(x, torch.ones(num_tokens, 1), ids, range(1))
 
 
 @pytest.mark.parametrize("counts", [COUNTS, (0, 2, 0), (1, 0, 0)])

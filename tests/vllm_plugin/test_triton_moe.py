@@ -25,6 +25,7 @@ from tests.vllm_plugin.experts import (
     random_experts,
     routed,
 )
+from tests.vllm_plugin.shared_mlp import Mlp, exact
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MIXED = Tiers((16, 3, 2), 32)
@@ -72,7 +73,7 @@ def test_everything_holds_in_the_interpreter() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-8000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 14, done.stdout[-2000:]
+    assert passed and int(passed[1]) >= 18, done.stdout[-2000:]
 
 
 # Dot products of at most 64 terms of order 1, then sums of them: a few roundings.
@@ -113,6 +114,20 @@ def test_tensor_parallel_ranks_add_up(tp_size: int, experts: Experts) -> None:
         method, layer = loaded_layer(experts, moe_config(tp_size, rank))
         total += method.apply(layer, *given, None, None)
     check(total, experts, given)
+
+
+@here
+@pytest.mark.parametrize("first", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("counts", [(5, 40, 3), (0, 1, 0)])
+def test_packed_shared_experts_run_on_the_same_kernels(counts: tuple[int, ...], first: str) -> None:
+    experts = random_experts((counts,), MIXED, D_MODEL)
+    x = torch.randn(7, D_MODEL)
+    # With a single row, one of the two ranks has none.
+    total = torch.zeros_like(x)
+    for rank in range(2):
+        total += Mlp(experts, tp=(2, rank), first=first)(x)
+    wanted = exact(experts, x)
+    assert (total.double() - wanted).norm() / wanted.norm() < TOLERANCE[torch.float32]
 
 
 @here

@@ -100,11 +100,11 @@ def _down(
 ) -> None:
     tiers = tier_shapes(layer, tiles.columns)
     units = sum(programs for *_, programs in tiers)
-    rows = split_rows(layer, tiles, min(layer.num_experts, len(hidden)), units)
-    splits = max(1, -(-layer.most_rows // rows))
     works, together = layer.num_experts, side_by_side(layer, tiles, len(ids), ids.numel())
     if slots.direct:
         works, together = len(hidden), 1
+    rows = split_rows(layer, tiles, min(works, len(hidden)) * together, units)
+    splits = max(1, -(-layer.most_rows // rows))
     partial = hidden.new_empty(len(hidden), len(tiers), splits, layer.d_model)
     down[(works * together * units * splits,)](
         hidden,

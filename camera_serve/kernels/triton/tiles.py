@@ -114,8 +114,8 @@ def tier_shapes(layer: TritonLayer, columns: int) -> tuple[tuple[int, int, int, 
 def split_rows(layer: TritonLayer, tiles: Tiles, active: int, units: int) -> int:
     """Micro-experts of a split, a multiple of the step: all of them where programs are plenty.
 
-    active: experts that will have slots, or slots if fewer; units: programs of one of them without
-    splitting.
+    active: blocks of slots that will be at work, of all experts; units: programs of one of them
+    without splitting.
     """
     wanted = max(1, tiles.programs // max(1, active * units))
     steps = -(-layer.most_rows // tiles.down_step)

@@ -392,71 +392,90 @@ void gate_up_codes(const GateUpJob& job, float* totals) {
   }
 }
 
-// A panel of codes for many tokens: unpacked once, to `[d_model / 2][4]` vectors.
-template <int kBits>
-void unpack_panel(const GateUpJob& job, Words* to) {
+// Groups of a panel from `first` on.
+struct GroupRange {
+  int64_t first, count;
+};
+
+// A panel's codes for many tokens: unpacked once, to `[pairs][2 * H]` vectors.
+template <int kBits, int H>
+void unpack_groups(const GateUpJob& job, const GroupRange& groups, Words* to) {
   const Codes<kBits> codes;
-  const int64_t rows = job.shape.rows, unit_bytes = kBits * 8 * rows;
-  const uint8_t* unit = job.panel;
-  for (int64_t k = 0; k < job.shape.d_model; k += kUnit, unit += unit_bytes, to += 4 * kUnitPairs) {
-    if (k % job.shape.group_size == 0) unit += 8 * rows;
-    for (int n = 0; n < 4; ++n) {
-      const int64_t row = n % 2 * kLanes;
-      const uint8_t* from = unit + (n / 2 * rows + row) * 4;
-      Words words[kBits];
+  const int64_t rows = job.shape.rows, group_bytes = job.shape.gate_up_group_bytes();
+  for (int64_t g = groups.first; g < groups.first + groups.count; ++g) {
+    const uint8_t* unit = job.panel + g * group_bytes + 8 * rows;
+    for (int64_t k = 0; k < job.shape.group_size; k += kUnit, unit += kBits * 8 * rows) {
+      for (int n = 0; n < 2 * H; ++n, ++to) {
+        const int64_t row = n % H * kLanes;
+        const uint8_t* from = unit + (n / H * rows + row) * 4;
+        Words words[kBits];
 #pragma GCC unroll 8
-      for (int w = 0; w < kBits; ++w)
-        words[w] = _mm512_maskz_loadu_epi32(first_lanes(rows > row ? rows - row : 0),
-                                            from + w * 8 * rows);
+        for (int w = 0; w < kBits; ++w)
+          words[w] = _mm512_maskz_loadu_epi32(first_lanes(rows - row), from + w * 8 * rows);
 #pragma GCC unroll 16
-      for (int pair = 0; pair < kUnitPairs; ++pair)
-        _mm512_store_si512(to + pair * 4 + n, whole_codes<kBits>(codes, words, pair));
+        for (int pair = 0; pair < kUnitPairs; ++pair)
+          _mm512_store_si512(to + pair * 2 * H, whole_codes<kBits>(codes, words, pair));
+      }
+      to += (kUnitPairs - 1) * 2 * H;
     }
   }
 }
 
-template <int M>
-void unpacked_tile(const PanelTile& tile, const Words* weights) {
+template <int M, int H>
+void unpacked_tile(const PanelTile& tile, const GroupRange& groups, const Words* weights) {
   const Shape& shape = tile.job.shape;
   const auto* from = reinterpret_cast<const uint8_t*>(weights);
-  Streams streams{from, from + 2 * 64, 4 * 64, shape.group_size / 2, 0xffff, Fetch::none, {}, {}, {}};
+  Streams streams{from, from + H * 64, 2 * H * 64, shape.group_size / 2, 0xffff, Fetch::none, {}, {}, {}};
   const uint16_t* a[M];
-  tile.rows_of_x(0, a);
-  for (int64_t group = 0; group < shape.groups(); ++group) {
-    const Grid grid = read_grid(tile.job.panel + group * shape.gate_up_group_bytes(), shape.rows);
-    Vec sums[M][4] = {};
-    multiply<M, 2, 2, true, Fetch::none>(a, streams, 0, streams.pairs, sums);
-    add_to_totals<M, 2>(tile, sums, grid, group);
+  tile.rows_of_x(groups.first * shape.group_size, a);
+  for (int64_t g = groups.first; g < groups.first + groups.count; ++g) {
+    const Grid grid = read_grid(tile.job.panel + g * shape.gate_up_group_bytes(), shape.rows);
+    Vec sums[M][2 * H] = {};
+    multiply<M, 2, H, true, Fetch::none>(a, streams, 0, streams.pairs, sums);
+    add_to_totals<M, H>(tile, sums, grid, g);
     streams.first += streams.pairs * streams.step;
     streams.second += streams.pairs * streams.step;
     for (int m = 0; m < M; ++m) a[m] += shape.group_size;
   }
 }
 
-using UnpackedFunction = void (*)(const PanelTile&, const Words*);
+using UnpackedFunction = void (*)(const PanelTile&, const GroupRange&, const Words*);
 
+template <int H>
 constexpr UnpackedFunction kUnpackedTiles[kTile + 1] = {
-    nullptr,          unpacked_tile<1>, unpacked_tile<2>, unpacked_tile<3>,
-    unpacked_tile<4>, unpacked_tile<5>, unpacked_tile<6>,
+    nullptr,             unpacked_tile<1, H>, unpacked_tile<2, H>, unpacked_tile<3, H>,
+    unpacked_tile<4, H>, unpacked_tile<5, H>, unpacked_tile<6, H>,
 };
 
-template <int kBits>
+// Groups of which level 2 should hold the unpacked weights.
+CAMERA_INLINE int64_t groups_at_once(int64_t group_size) {
+  return group_size < kDenseBlock ? kDenseBlock / group_size : 1;
+}
+
+template <int kBits, int H>
 void gate_up_unpacked(const GateUpJob& job, float* totals) {
   auto* unpacked = reinterpret_cast<Words*>(totals + job.routed.count * 2 * kPanelRows);
-  unpack_panel<kBits>(job, unpacked);
   const int64_t size = tile_size(job.routed.count, kTile);
-  for (int64_t first = 0; first < job.routed.count; first += size) {
-    const int64_t left = job.routed.count - first, count = left < size ? left : size;
-    kUnpackedTiles[count]({job, first, count, totals + first * 2 * kPanelRows}, unpacked);
+  const int64_t all = job.shape.groups(), at_once = groups_at_once(job.shape.group_size);
+  for (int64_t g = 0; g < all; g += at_once) {
+    const GroupRange groups{g, all - g < at_once ? all - g : at_once};
+    unpack_groups<kBits, H>(job, groups, unpacked);
+    for (int64_t first = 0; first < job.routed.count; first += size) {
+      const int64_t left = job.routed.count - first, count = left < size ? left : size;
+      const PanelTile tile{job, first, count, totals + first * 2 * kPanelRows};
+      kUnpackedTiles<H>[count](tile, groups, unpacked);
+    }
   }
 }
 
 template <int kBits>
 void gate_up_packed(const GateUpJob& job, float* totals) {
-  if (job.routed.count >= kUnpackFrom) {
-    gate_up_unpacked<kBits>(job, totals);
-  } else {
+  if (job.routed.count < kUnpackFrom) {
     gate_up_codes<kBits>(job, totals);
+  } else if (job.shape.rows > kLanes) {
+    gate_up_unpacked<kBits, 2>(job, totals);
+  } else {
+    gate_up_unpacked<kBits, 1>(job, totals);
   }
 }
 
@@ -574,20 +593,36 @@ CAMERA_INLINE void down_columns(const DownJob& job, const DownBlock& block, int6
   }
 }
 
+// What the tiles over the columns from `c` on fetch: the next range of columns, then the first of
+// the next chunk of rows, then the next expert's.
+CAMERA_INLINE FetchPlan down_plan(const DownJob& job, const DownBlock& block, int64_t row,
+                                  int64_t rows, int64_t c, int64_t num_tiles) {
+  const int64_t at_once = columns_at_once(tile_size(job.routed.count, kTile));
+  const int64_t block_bytes = block.shape.down_block_bytes(), row_bytes = kBlockCols * 2;
+  const int64_t columns = job.num_columns < at_once ? job.num_columns : at_once;
+  // Blocks of columns lie together only where the chunk is all of their rows.
+  const int64_t blocks = rows == block.shape.rows ? columns / kBlockCols : 1;
+  if (c + at_once < job.num_columns) {
+    const uint8_t* next = block.packed + (job.column + c + at_once) / kBlockCols * block_bytes;
+    return {num_tiles, next + row * row_bytes, ceil_div(blocks * rows * row_bytes, 64)};
+  }
+  const int64_t left = block.shape.rows - row - rows;
+  if (left > 0) {
+    const uint8_t* next = block.packed + job.column / kBlockCols * block_bytes;
+    const int64_t then = left < kDownRows ? left : kDownRows;
+    return {num_tiles, next + (row + rows) * row_bytes, ceil_div(then * row_bytes, 64)};
+  }
+  const int64_t bytes = job.next_bytes * columns / job.num_columns;
+  return {num_tiles, job.next, ceil_div(bytes, 64)};
+}
+
 void down_16(const DownJob& job, const DownBlock& block) {
   const int64_t size = tile_size(job.routed.count, kTile), at_once = columns_at_once(size);
   const int64_t num_tiles = ceil_div(job.routed.count, size);
-  const int64_t block_bytes = block.shape.down_block_bytes();
   for (int64_t row = 0; row < block.shape.rows; row += kDownRows) {
     const int64_t left = block.shape.rows - row, rows = left < kDownRows ? left : kDownRows;
-    for (int64_t c = 0; c < job.num_columns; c += at_once) {
-      // A range of columns fetches the next one, the last range the next expert's first.
-      const bool is_last = c + at_once >= job.num_columns;
-      const uint8_t* following = block.packed + (job.column + c + at_once) / kBlockCols * block_bytes;
-      const int64_t lines = ceil_div(rows * 2 * at_once, 64);
-      const FetchPlan plan{num_tiles, is_last ? job.next : following + row * kBlockCols * 2, lines};
-      down_columns(job, block, row, rows, c, plan);
-    }
+    for (int64_t c = 0; c < job.num_columns; c += at_once)
+      down_columns(job, block, row, rows, c, down_plan(job, block, row, rows, c, num_tiles));
   }
 }
 
@@ -747,8 +782,9 @@ void down(const DownJob& job) {
 }
 
 int64_t scratch_bytes(const Extent& most) {
-  const int64_t unpacked = most.tokens < kUnpackFrom ? 0 : most.d_model * 2 * kPanelRows * 2;
-  const int64_t gate_up = most.tokens * 2 * kPanelRows * 4 + unpacked;
+  const int64_t block = most.group_size > kDenseBlock ? most.group_size : kDenseBlock;
+  const int64_t unpacked = most.tokens < kUnpackFrom ? 0 : most.d_model < block ? most.d_model : block;
+  const int64_t gate_up = (most.tokens * 4 + unpacked * 2) * 2 * kPanelRows;
   const int64_t down = most.rows * (2 * 4 + kTile * 2);
   return gate_up > down ? gate_up : down;
 }
