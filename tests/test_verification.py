@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from camera_serve.errors import CheckpointError
 from camera_serve.progress import Progress
 from camera_serve.verification import verify
+from converters.dense import convert_to_dense
 from tests import pruning, quantized, tiny_models
 from tests.editing import Tensors, edit_config, edit_weights
 
@@ -66,6 +67,15 @@ def test_dropped_are_counted_and_emptied_experts_listed(dense: Path, compressed:
 
 def test_a_model_lacks_nothing_of_itself(dense: Path) -> None:
     assert [layer.num_dropped for layer in verify(dense, dense).layers] == [0, 0]
+
+
+def test_a_converted_checkpoint_lacks_what_the_compressed_one_lacks(
+    dense: Path, compressed: Path, tmp_path: Path
+) -> None:
+    convert_to_dense(compressed, tmp_path / "converted")
+    found, wanted = verify(tmp_path / "converted", dense), verify(compressed, dense)
+    for ours, theirs in zip(found.layers, wanted.layers, strict=True):
+        assert (ours.experts, ours.shared) == (theirs.experts, theirs.shared)
 
 
 def test_without_an_original_every_weight_is_read(compressed: Path) -> None:

@@ -11,7 +11,7 @@ namespace camera {
 namespace {
 
 constexpr int kTile = 6;        // tokens whose sums stay in registers, with 4 vectors of outputs
-constexpr int64_t kDenseBlock = 4096;  // summed weights of a 16-bit panel that level 2 should hold
+constexpr int64_t kDenseBlock = 4096;  // summed weights of a panel that level 2 should hold as bf16
 constexpr int64_t kDownRows = 2048;    // 16-bit rows of down whose columns level 2 should hold
 constexpr int64_t kCodesAhead = 2048;  // bytes of codes to fetch ahead
 constexpr int64_t kUnpackFrom = 48;    // tokens for which a panel of codes is unpacked first
