@@ -109,7 +109,8 @@ class PackedLinearMethod(LinearMethodBase):
         self._expert.add(layer, rows, self._loader.split)
         for part in PARTS:
             # The kernel has what it keeps of them; the parameters must not keep the rest.
-            getattr(layer, part).data = layer.weight.new_empty(0)
+            loaded = getattr(layer, part)
+            loaded.data = loaded.data.new_empty(0)
 
     def _load(
         self,
