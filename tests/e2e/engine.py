@@ -135,8 +135,10 @@ def held_tensors(value: Any) -> Iterator[Any]:
 
 
 def _is_weight(tensor: Any) -> bool:
-    """Matrices, and packed rows; not the router's bias that vLLM keeps beside them."""
-    return bool(tensor.dim() > 1 or not tensor.is_floating_point())
+    """Matrices, and packed rows; not offsets, nor the router's bias that vLLM keeps beside them."""
+    if tensor.is_floating_point():
+        return bool(tensor.dim() > 1)
+    return bool(tensor.element_size() < 8)
 
 
 def _inspect_here(model: Path) -> None:
