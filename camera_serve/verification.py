@@ -73,8 +73,7 @@ def verify(
     With `against`: the config is the original's, every tensor outside the experts is byte-equal to
     it, and every micro-expert kept in 16 bits is exactly one of the original's, none kept twice;
     packed ones are compared by `fidelity.output_errors`. Zeros in a dense checkpoint count as
-    dropped. Raises `CheckpointError` naming the first
-    tensor and row at fault.
+    dropped. Raises `CheckpointError` naming the first tensor and row at fault.
     """
     checkpoint = Checkpoint.open(path)
     original = Checkpoint.open(against) if against else None

@@ -9,7 +9,6 @@ from torch.nn import Parameter
 from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
-from vllm.model_executor.utils import set_weight_attrs
 
 from camera_serve.checkpoint.format import PARTS, Part, Tiers
 from camera_serve.errors import ServingError
@@ -17,7 +16,7 @@ from camera_serve.kernels import RaggedLayer
 from camera_serve.models import Projection
 from camera_serve.vllm_plugin import choice
 from camera_serve.vllm_plugin.compat import MoEMethodBase, weights_are_read
-from camera_serve.vllm_plugin.experts import Experts
+from camera_serve.vllm_plugin.experts import Experts, expect, release
 from camera_serve.vllm_plugin.loading import (
     RankRows,
     RankSplit,
@@ -79,9 +78,8 @@ class CameraMoEMethod(MoEMethodBase):
         for part, shape in RankRows.shapes(split.num_rows, self._tiers, hidden_size).items():
             dtype = part_dtype(part, params_dtype)
             for name, full in ((f"w13_{part}", (2, *shape)), (f"w2_{part}", shape)):
-                weight = Parameter(torch.empty(full, dtype=dtype), requires_grad=False)
-                set_weight_attrs(weight, {"weight_loader": partial(self._load, layer, part)})
-                layer.register_parameter(name, weight)
+                empty = torch.empty(full, dtype=dtype)
+                expect(layer, name, empty, partial(self._load, layer, part))
 
     def maybe_roundup_sizes(
         self,
@@ -107,10 +105,7 @@ class CameraMoEMethod(MoEMethodBase):
             self._loader.check_complete()
         like, top_k = layer.w2_weight.data, self.moe.experts_per_token
         self._experts = choice.pack(layer, self._rows(layer), like, top_k)
-        for part in PARTS:
-            for name in (f"w13_{part}", f"w2_{part}"):
-                loaded = getattr(layer, name)
-                loaded.data = loaded.data.new_empty(0)
+        release(layer, (f"{half}_{part}" for half in ("w13", "w2") for part in PARTS))
 
     def apply(
         self,

@@ -11,14 +11,13 @@ from typing import Any, cast
 import torch
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
-from vllm.model_executor.utils import set_weight_attrs
 
 from camera_serve.checkpoint.format import PARTS, Part, Tiers
 from camera_serve.models import Projection
 from camera_serve.models.structure import PROJECTIONS
 from camera_serve.vllm_plugin import choice
 from camera_serve.vllm_plugin.compat import weights_are_read
-from camera_serve.vllm_plugin.experts import Experts
+from camera_serve.vllm_plugin.experts import Experts, expect, release
 from camera_serve.vllm_plugin.loading import (
     RankRows,
     RankSplit,
@@ -94,9 +93,7 @@ class PackedLinearMethod(LinearMethodBase):
         for part, shape in RankRows.shapes(split.num_rows, tiers, d_model).items():
             full = (len(self.projections), *shape)
             empty = torch.empty(full, dtype=part_dtype(part, params_dtype))
-            weight = Parameter(empty, requires_grad=False)
-            set_weight_attrs(weight, {"weight_loader": partial(self._load, layer, part)})
-            layer.register_parameter(part, weight)
+            expect(layer, part, empty, partial(self._load, layer, part))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse weights that never arrived; random weights are wanted for `dummy`."""
@@ -107,10 +104,7 @@ class PackedLinearMethod(LinearMethodBase):
             fill_dummy_grids(layer.scales)
         rows = {name: _held(layer, index) for index, name in enumerate(self.projections)}
         self._expert.add(layer, rows, self._loader.split)
-        for part in PARTS:
-            # The kernel has what it keeps of them; the parameters must not keep the rest.
-            loaded = getattr(layer, part)
-            loaded.data = loaded.data.new_empty(0)
+        release(layer, PARTS)
 
     def _load(
         self,
