@@ -5,13 +5,14 @@
 For each kind of layer and each bound of slots per expert in the present table, one setting after
 another is tried with the values of its grid while the others stay (coordinate descent, two sweeps),
 each judged by the geometric mean of its times over the shapes. Wrong results and settings that do
-not fit the GPU are passed over. Rewrites `camera_serve/kernels/triton/tuned.py`; the table in the
-repository was reasoned for an H200 and not timed, as long as its DEVICE says so.
+not fit the GPU are passed over. Rewrites this GPU's part of `camera_serve/kernels/triton/tuned.py`;
+a part was reasoned from compiled kernels and not timed, as long as DEVICES says so.
 """
 
 # mypy: disable-error-code="import-untyped"
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -29,7 +30,7 @@ from bench.gpu.timing import Run, compare
 from bench.shapes import SHAPES
 from camera_serve.kernels.triton import TritonLayer, pack_layer, ragged_moe
 from camera_serve.kernels.triton import tuned as present
-from camera_serve.kernels.triton.tiles import Tiles
+from camera_serve.kernels.triton.tiles import Tiles, matrix_unit
 
 LAYERS = {"dense": "40%", "packed": "2.25 bits"}
 SWEEPS = 2
@@ -45,12 +46,14 @@ GRID: Mapping[str, Sequence[int]] = {
     "down_stages": (2, 3, 4, 5),
     "programs": (132, 264, 528, 1056),
 }
-HEADER = (
-    '"""Tile sizes by kind of layer and most slots per expert; '
-    'from `python -m bench.tune_triton`."""'
-)
+HEADER = '''"""Tile sizes by matrix unit, kind of layer and most slots per expert.
+
+Written by `python -m bench.tune_triton`, for the unit of the GPU that it runs on.
+"""
+'''
 
 Table = dict[str, dict[int, dict[str, int]]]
+_TABLES_TYPE = "dict[str, dict[str, dict[int, dict[str, int]]]]"
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,17 @@ def main() -> int:
         print("error: torch sees no CUDA device here: nothing to time", file=sys.stderr)
         return 1
     deadline = time.monotonic() + options.seconds
-    table: Table = {kind: dict(rows) for kind, rows in present.TABLE.items()}
+    unit = matrix_unit(torch.device("cuda", torch.cuda.current_device()))
+    table: Table = {kind: dict(rows) for kind, rows in present.TABLES[unit].items()}
     for kind, bound in _rows(table):
         if time.monotonic() > deadline:
             print(f"{kind}, {bound} slots per expert: not tuned, the time is over")
             continue
-        trials = _trials(options.shapes, kind, bound)
-        best = descend(trials, Tiles(**table[kind][bound]), deadline)
+        start = Tiles(**table[kind][bound])
+        best = descend(_trials(options.shapes, kind, bound, start), start, deadline)
         table[kind][bound] = asdict(best)
-    write_table(options.output, torch.cuda.get_device_name(), table)
+    devices = present.DEVICES | {unit: torch.cuda.get_device_name()}
+    write_tables(options.output, devices, present.TABLES | {unit: table})
     print(f"wrote {options.output}")
     return 0
 
@@ -96,14 +101,14 @@ def _rows(table: Table) -> Iterator[tuple[str, int]]:
     return ((kind, bound) for bound in bounds for kind in table if bound in table[kind])
 
 
-def _trials(shapes: Sequence[str], kind: str, bound: int) -> list[Trial]:
+def _trials(shapes: Sequence[str], kind: str, bound: int, start: Tiles) -> list[Trial]:
     device, trials = torch.device("cuda"), []
     for name in shapes:
         shape = SHAPES[name]
         layer = pack_layer(ragged_layer(shape, PLANS[LAYERS[kind]], 0, device), DTYPE)
         count = max(1, round(bound * 0.7 * shape.num_experts / shape.top_k))
         inputs = [random_tokens(shape, count, 0, device, balanced=False) for _ in range(4)]
-        wanted = _run(Trial(layer, inputs, inputs[0].x), Tiles(**present.TABLE[kind][bound]), 0)
+        wanted = _run(Trial(layer, inputs, inputs[0].x), start, 0)
         trials.append(Trial(layer, inputs, wanted.float()))
     return trials
 
@@ -147,18 +152,24 @@ def _run(trial: Trial, tiles: Tiles, which: int) -> torch.Tensor:
     return ragged_moe(tokens.x, tokens.weights, tokens.ids, trial.layer, tiles)
 
 
-def write_table(path: Path, device: str, table: Table) -> None:
+def write_tables(path: Path, devices: Mapping[str, str], tables: Mapping[str, Table]) -> None:
     """Write `tuned.py`, as the formatter leaves it."""
-    lines = [HEADER, "", f'DEVICE = "{device}"', ""]
-    lines.append("TABLE: dict[str, dict[int, dict[str, int]]] = {")
-    for kind, rows in table.items():
-        lines.append(f'    "{kind}": {{')
-        for bound, tiles in rows.items():
-            lines.append(f"        {bound}: {{")
-            lines += [f'            "{name}": {value},' for name, value in tiles.items()]
-            lines.append("        },")
-        lines.append("    },")
-    path.write_text("\n".join([*lines, "}", ""]))
+    body = "\n\n".join(
+        (f"DEVICES = {_literal(devices)}", f"TABLES: {_TABLES_TYPE} = {_literal(tables)}")
+    )
+    path.write_text(f"{HEADER}\n{body}\n")
+
+
+def _literal(value: object, indent: str = "") -> str:
+    """Nested dicts, an entry a line."""
+    if not isinstance(value, Mapping):
+        return json.dumps(value)
+    inner = indent + "    "
+    lines = [
+        f"{inner}{json.dumps(k) if isinstance(k, str) else k}: {_literal(v, inner)},"
+        for k, v in value.items()
+    ]
+    return "\n".join(["{", *lines, indent + "}"])
 
 
 if __name__ == "__main__":

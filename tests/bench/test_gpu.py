@@ -18,7 +18,7 @@ from bench.gpu.__main__ import keep, main, parse_options
 from bench.gpu.layers import Candidate, WrongResultError, as_ragged, check_all, num_sets
 from bench.gpu.random_layers import Tokens, ragged_layer, random_tokens, weight_bytes
 from bench.shapes import SHAPES, Shape
-from bench.tune_triton import write_table
+from bench.tune_triton import write_tables
 from camera_serve.benchmark.report import ThroughputRun
 from camera_serve.kernels import RaggedTier, dense_rows, ragged_moe
 from camera_serve.kernels.triton import tuned
@@ -256,11 +256,9 @@ def test_a_served_skeleton_has_a_config_and_no_weights(tmp_path: Path) -> None:
     assert not list(folder.glob("*.safetensors")) and (folder / "tokenizer.json").exists()
 
 
-def test_a_tuned_table_is_read_back_as_it_was(tmp_path: Path) -> None:
-    write_table(tmp_path / "tuned.py", "some card", tuned.TABLE)
-    read: dict[str, object] = {}
-    exec((tmp_path / "tuned.py").read_text(), read)
-    assert read["TABLE"] == tuned.TABLE and read["DEVICE"] == "some card"
+def test_tuned_tables_are_written_as_they_are_kept(tmp_path: Path) -> None:
+    write_tables(tmp_path / "tuned.py", tuned.DEVICES, tuned.TABLES)
+    assert (tmp_path / "tuned.py").read_text() == Path(tuned.__file__).read_text()
 
 
 IN_THE_INTERPRETER = """

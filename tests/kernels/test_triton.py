@@ -24,8 +24,15 @@ from camera_serve.kernels.triton import moe as moe_module
 from camera_serve.kernels.triton import pack_layer, ragged_moe
 from camera_serve.kernels.triton import tiles as tiles_module
 from camera_serve.kernels.triton.routing import route
-from camera_serve.kernels.triton.tiles import Tiles, choose, side_by_side, split_rows
-from camera_serve.kernels.triton.tuned import TABLE
+from camera_serve.kernels.triton.tiles import (
+    Tiles,
+    bundles,
+    choose,
+    matrix_unit,
+    side_by_side,
+    split_rows,
+)
+from camera_serve.kernels.triton.tuned import TABLES
 from camera_serve.quantize.packing import pack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,6 +40,7 @@ GPU = pytest.mark.gpu
 # The interpreter's dot is wrong in bfloat16.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
 DEVICE = "cpu" if INTERPRETED else "cuda"
+HOPPER = TABLES["wgmma"]
 
 
 def here(test: Callable[..., None]) -> Callable[..., None]:
@@ -207,7 +215,7 @@ def test_ids_of_experts_held_elsewhere_add_nothing(num_tokens: int, id_dtype: to
 
 def small_tiles(**changes: int) -> Tiles:
     row = {
-        **TABLE["dense"][min(TABLE["dense"])],
+        **HOPPER["dense"][min(HOPPER["dense"])],
         "rows": 16,
         "step": 32,
         "columns": 32,
@@ -346,21 +354,21 @@ def test_every_row_of_the_table_computes_the_same(
     counts = [tuple(100 + 37 * e + t for t in range(len(bits))) for e in range(4)]
     layer = make_layer(counts, bits, dtype, d_model=1024, group=128)
     x, routing = random_x(300, 1024, dtype), route_randomly(300, 4, 2)
-    for row in TABLE[kind].values():
+    for row in TABLES[matrix_unit(x.device)][kind].values():
         check(layer, x, *routing, Tiles(**row))
 
 
 def test_the_table_is_chosen_from_by_slots_per_expert() -> None:
     layer = pack_layer(tiny_dense_layer(), torch.float32)
-    x, bounds = torch.empty(1, dtype=torch.float16), sorted(TABLE["dense"])
+    x, bounds = torch.empty(1, dtype=torch.float16), sorted(HOPPER["dense"])
     for bound in bounds:
-        assert choose(layer, bound * layer.num_experts, x) == Tiles(**TABLE["dense"][bound])
-    assert choose(layer, 10**6, x) == Tiles(**TABLE["dense"][bounds[-1]])
-    assert choose(layer, 10**6, x.float()) == Tiles(**TABLE["dense"][bounds[0]])
+        assert choose(layer, bound * layer.num_experts, x) == Tiles(**HOPPER["dense"][bound])
+    assert choose(layer, 10**6, x) == Tiles(**HOPPER["dense"][bounds[-1]])
+    assert choose(layer, 10**6, x.float()) == Tiles(**HOPPER["dense"][bounds[0]])
 
 
 def test_powers_of_two_meet_every_row_of_the_table() -> None:
-    for kind in TABLE.values():
+    for kind in (kind for table in TABLES.values() for kind in table.values()):
         bounds = sorted(kind)
         assert all(after >= 2 * before for before, after in pairwise(bounds))
 
@@ -375,24 +383,67 @@ class OnCard:
 
 
 @pytest.mark.parametrize("kind", ["dense", "packed"])
-@pytest.mark.parametrize("shared_memory", [101376, 166912, 232448], ids=["L40", "A100", "H200"])
+@pytest.mark.parametrize(
+    "unit, shared_memory, holds_all",
+    [
+        ("mma.sync", 101376, True),
+        ("mma.sync", 166912, True),
+        ("wgmma", 101376, False),
+        ("wgmma", 232448, True),
+        ("tcgen05", 232448, True),
+    ],
+    ids=["L40", "A100", "small", "H200", "B200"],
+)
 def test_tiles_fit_into_a_card_s_shared_memory(
-    kind: str, shared_memory: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, unit: str, shared_memory: int, holds_all: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles_module, "_shared_memory", lambda device: shared_memory)
+    monkeypatch.setattr(tiles_module, "matrix_unit", lambda device: unit)
     layer = pack_layer(tiny_dense_layer(), torch.float32)
     if kind == "packed":
         tiers = tuple(replace(tier, bits=3) for tier in layer.tiers)
         layer = replace(layer, tiers=tiers, d_model=2048, group_size=128)
-    wide_card = shared_memory == 232448
-    for bound, row in TABLE[kind].items():
+    for bound, row in TABLES[unit][kind].items():
         tiles, wanted = choose(layer, bound * layer.num_experts, OnCard()), Tiles(**row)
         assert tiles.stages >= 2 and tiles.down_stages >= 2
         dense_bytes = tiles.stages * (2 * tiles.rows + tiles.block) * tiles.step * 2
         down_bytes = tiles.down_stages * (tiles.columns + tiles.block) * tiles.down_step * 2
         assert max(dense_bytes, down_bytes) <= shared_memory
-        if wide_card:
+        if holds_all:
+            assert replace(tiles, stages=0, down_stages=0) == replace(
+                wanted, stages=0, down_stages=0
+            )
+        if unit == "wgmma" and holds_all:
             assert tiles == wanted
+
+
+@pytest.mark.parametrize(
+    "capability, unit",
+    [
+        ((8, 0), "mma.sync"),
+        ((8, 9), "mma.sync"),
+        ((9, 0), "wgmma"),
+        ((10, 3), "tcgen05"),
+        ((12, 0), "mma.sync"),
+    ],
+)
+def test_every_generation_of_gpus_has_its_table(
+    capability: tuple[int, int], unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert matrix_unit.__wrapped__(torch.device("cuda", 3)) == unit
+    assert set(TABLES[unit]) == {"dense", "packed"}
+
+
+def test_tiers_with_the_same_columns_are_added_up_together() -> None:
+    layer = replace(pack_layer(tiny_dense_layer(), torch.float32), d_model=2048, group_size=128)
+    tiers = tuple(replace(layer.tiers[0], bits=bits) for bits in (16, 8, 4, 3, 2, 1))
+    assert bundles(replace(layer, tiers=tiers), columns=96) == (
+        (0, 1, 1, 96, 22),
+        (1, 2, 2, 64, 16),
+        (2, 3, 4, 64, 8),
+        (3, 6, 8, 64, 4),
+    )
 
 
 def tiny_dense_layer() -> RaggedLayer:

@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,20 @@ def read_codes(words: torch.Tensor, bits: int, d_model: int, group: int) -> torc
                 byte = int(stream[row, d_model * low_bits // 8 + at])
                 codes[row, column] |= (byte >> j & 1) << low_bits
     return codes
+
+
+def test_matrices_begin_where_16_bytes_can_be_read() -> None:
+    codes = torch.randint(0, 4, (3, 128))
+    words = torch.empty(3 * 8 + 1, dtype=torch.int32)[1:].view(3, 8).copy_(pack(codes, 2))
+    packed = replace(packed_rows(codes, 2, 128), words=words)
+    sixteen = torch.randn(3 * 128 + 1)[1:].view(3, 128)
+    assert words.data_ptr() % 16 and sixteen.data_ptr() % 16
+    tiers = (RaggedTier(*[sixteen] * 3, offsets=(0, 3)), one_tier(packed).tiers[0])
+    first, second = pack_layer(RaggedLayer(tiers), torch.float32).tiers
+    for tier in (first, second):
+        assert not any(matrix.data_ptr() % 16 for matrix in (tier.gate, tier.up, tier.down))
+    assert first.up.equal(sixteen)
+    assert read_codes(second.gate, 2, 128, 128).equal(codes)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])

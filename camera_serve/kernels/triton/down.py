@@ -31,7 +31,8 @@ def down(
     split_rows,
     side_by_side,
     width,
-    TIERS: tl.constexpr,
+    BITS: tl.constexpr,
+    BUNDLES: tl.constexpr,
     UNITS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     D_MODEL: tl.constexpr,
@@ -41,12 +42,12 @@ def down(
     DIRECT: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """One program: some columns from one split of one tier of one expert, BLOCK slots at a time.
+    """One program: some columns from one split of one expert's bundle, BLOCK slots at a time.
 
-    A split is `split_rows` micro-experts of an expert. partial: `[num_slots, num_tiers, splits,
-    d_model]`; splits without micro-experts are not written. TIERS: bits, slice length, columns of a
-    program and programs that cover d_model, for each tier. UNITS: the latter's sum. `side_by_side`
-    programs share an expert's slots; when DIRECT each has one slot.
+    A split is `split_rows` micro-experts of each tier of an expert. partial: `[num_slots,
+    num_bundles, splits, d_model]`; splits without micro-experts are not written. BITS: of each
+    tier. BUNDLES: as `tiles.bundles` gives them. UNITS: the programs that cover d_model in all of
+    them. `side_by_side` programs share an expert's slots; when DIRECT each has one slot.
     """
     program = tl.program_id(0) // side_by_side
     work = program // (UNITS * splits)
@@ -65,38 +66,86 @@ def down(
         if not DIRECT:
             slots = tl.load(order + positions, mask=inside, other=0)
         rest = unit
-        column = 0
-        for t in tl.static_range(len(TIERS)):
-            ends = offsets + t * (NUM_EXPERTS + 1)
-            base = tl.load(ends + expert)
-            count = (tl.load(ends + expert + 1) - base).to(tl.int32)
-            pieces = TIERS[t][3]
-            start = rest // pieces * split_rows
-            if (rest >= 0) & (rest < pieces * splits) & (start < count):
-                activations = hidden + positions.to(tl.int64)[:, None] * width + column
-                share = (slots * len(TIERS) + t).to(tl.int64) * splits + rest // pieces
-                out = partial + share[:, None] * D_MODEL
-                stop = tl.minimum(start + split_rows, count)
-                if TIERS[t][0] == 16:
-                    _dense(
-                        activations, out, inside, tensors[t], base, start, stop, rest % pieces,
-                        TIERS[t][2], BLOCK, D_MODEL, STEP,
-                    )  # fmt: skip
-                else:
-                    total = tl.load(ends + NUM_EXPERTS)
-                    _packed(
-                        activations, out, inside, tensors[t], base, total, start, stop,
-                        rest % pieces, TIERS[t][0], TIERS[t][1], BLOCK, D_MODEL, GROUP_SIZE,
-                        STEP, PTX,
-                    )  # fmt: skip
+        for b in tl.static_range(len(BUNDLES)):
+            pieces = BUNDLES[b][4]
+            if (rest >= 0) & (rest < pieces * splits):
+                split = rest // pieces
+                share = (slots * len(BUNDLES) + b).to(tl.int64) * splits + split
+                _bundle(
+                    hidden + positions.to(tl.int64)[:, None] * width,
+                    partial + share[:, None] * D_MODEL, inside, offsets, tensors, expert,
+                    split * split_rows, split_rows, rest % pieces, BITS, BUNDLES, b, NUM_EXPERTS,
+                    D_MODEL, GROUP_SIZE, BLOCK, STEP, PTX,
+                )  # fmt: skip
             rest -= pieces * splits
-            column += tl.cdiv(count, _COLUMN_UNIT) * _COLUMN_UNIT
+
+
+@triton.jit
+def _bundle(
+    activations,
+    out,
+    inside,
+    offsets,
+    tensors,
+    expert,
+    start,
+    split_rows,
+    piece,
+    BITS: tl.constexpr,
+    BUNDLES: tl.constexpr,
+    WHICH: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    D_MODEL: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Store `[BLOCK, SLICES · LENGTH]`: activations times the rows from `start` on, of all tiers.
+
+    All tiers of a bundle are added up in registers: partial sums are what large batches move most
+    of beside their tokens.
+    """
+    FIRST: tl.constexpr = BUNDLES[WHICH][0]
+    STOP: tl.constexpr = BUNDLES[WHICH][1]
+    SLICES: tl.constexpr = BUNDLES[WHICH][2]
+    LENGTH: tl.constexpr = BUNDLES[WHICH][3]
+    lanes = tl.arange(0, LENGTH if LENGTH > 16 else 16)
+    sums = (tl.zeros((lanes.shape[0], BLOCK), tl.float32),) * SLICES
+    column = 0
+    most = 0
+    for t in tl.static_range(STOP):
+        ends = offsets + t * (NUM_EXPERTS + 1)
+        base = tl.load(ends + expert)
+        count = (tl.load(ends + expert + 1) - base).to(tl.int32)
+        if t >= FIRST:
+            stop = tl.minimum(start + split_rows, count)
+            if BITS[t] == 16:
+                sums = _dense(
+                    sums, activations + column, inside, tensors[t], base, start, stop, piece,
+                    LENGTH, D_MODEL, STEP,
+                )  # fmt: skip
+            else:
+                total = tl.load(ends + NUM_EXPERTS)
+                sums = _packed(
+                    sums, activations + column, inside, tensors[t], base, total, start, stop,
+                    piece, BITS[t], LENGTH, D_MODEL, GROUP_SIZE, STEP, PTX,
+                )  # fmt: skip
+            most = tl.maximum(most, count)
+        column += tl.cdiv(count, _COLUMN_UNIT) * _COLUMN_UNIT
+    # Not in an `if`: Triton 3.6 cannot carry sums into one on Blackwell.
+    wanted = inside & (start < most)
+    for j in tl.static_range(SLICES):
+        columns = (piece * SLICES + j) * LENGTH + lanes
+        existing = (lanes < LENGTH) & (columns < D_MODEL)
+        part = tl.trans(sums[j]).to(out.dtype.element_ty)
+        tl.store(out + columns[None, :], part, mask=wanted[:, None] & existing[None, :])
 
 
 @triton.jit
 def _dense(
+    sums,
     activations,
-    out,
     inside,
     matrices,
     base,
@@ -104,31 +153,28 @@ def _dense(
     stop,
     piece,
     COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
     D_MODEL: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Store `[BLOCK, COLUMNS]`: activations times 16-bit rows."""
+    """`[COLUMNS, BLOCK]` sums with the products of 16-bit rows added, one piece of the columns."""
     matrix = matrices[0] + base * D_MODEL
     columns = piece * COLUMNS + tl.arange(0, COLUMNS)
-    existing = (columns < D_MODEL)[None, :]
-    total = tl.zeros((COLUMNS, BLOCK), tl.float32)
+    total = sums[0]
     for row in range(start, stop, STEP):
         rows = row + tl.arange(0, STEP)
         held = (rows < stop)[:, None]
         if D_MODEL % COLUMNS != 0:
-            held = held & existing
+            held = held & (columns < D_MODEL)[None, :]
         tile = tl.load(matrix + rows[:, None] * D_MODEL + columns[None, :], mask=held, other=0.0)
         active = _activations(activations, inside, rows, stop)
         total = tl.dot(tl.trans(tile), active, total, input_precision="ieee")
-    wanted = inside[:, None] & existing
-    tl.store(out + columns[None, :], tl.trans(total).to(out.dtype.element_ty), mask=wanted)
+    return (total,)
 
 
 @triton.jit
 def _packed(
+    sums,
     activations,
-    out,
     inside,
     matrices,
     base,
@@ -138,19 +184,17 @@ def _packed(
     span,
     BITS: tl.constexpr,
     LENGTH: tl.constexpr,
-    BLOCK: tl.constexpr,
     D_MODEL: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     STEP: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Store `[BLOCK, SLICES · LENGTH]`: activations times packed rows, the columns of one span."""
+    """Sums of each slice of one span with the products of packed rows added."""
     DTYPE: tl.constexpr = activations.dtype.element_ty
     SLICES: tl.constexpr = SLICES_OF[BITS]
     PER_GRID: tl.constexpr = slices_per_group(GROUP_SIZE, LENGTH, SLICES)
     matrix = matrices[0] + base * (D_MODEL // 32 * BITS)
     lanes = tl.arange(0, LENGTH if LENGTH > 16 else 16)
-    sums = (tl.zeros((lanes.shape[0], BLOCK), tl.float32),) * SLICES
     for row in range(start, stop, STEP):
         rows = row + tl.arange(0, STEP)
         real = rows < stop
@@ -166,10 +210,7 @@ def _packed(
             tile = decode(low, high, grid, j, BITS, DTYPE, PTX)
             added += (tl.dot(tile, active, sums[j], input_precision="ieee"),)
         sums = added
-    wanted = inside[:, None] & (lanes < LENGTH)[None, :]
-    for j in tl.static_range(SLICES):
-        columns = (span * SLICES + j) * LENGTH + lanes
-        tl.store(out + columns[None, :], tl.trans(sums[j]).to(out.dtype.element_ty), mask=wanted)
+    return sums
 
 
 @triton.jit
@@ -189,6 +230,7 @@ def add_up(
     splits,
     split_rows,
     NUM_TIERS: tl.constexpr,
+    BUNDLES: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     D_MODEL: tl.constexpr,
@@ -199,15 +241,22 @@ def add_up(
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     existing = (columns < D_MODEL)[None, :]
-    shares = TOP_K * NUM_TIERS * splits
+    parts = len(BUNDLES) * splits
+    shares = TOP_K * parts
     total = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, shares, AT_ONCE):
         share = start + tl.arange(0, AT_ONCE)
-        slot, rest = share // (NUM_TIERS * splits), share % (NUM_TIERS * splits)
+        slot, rest = share // parts, share % parts
         expert = tl.load(ids + token * TOP_K + slot, mask=share < shares, other=-1)
         known = (expert >= 0) & (expert < NUM_EXPERTS)
-        ends = offsets + rest // splits * (NUM_EXPERTS + 1) + tl.where(known, expert, 0)
-        count = tl.load(ends + 1, mask=known, other=0) - tl.load(ends, mask=known, other=0)
+        count = tl.zeros((AT_ONCE,), tl.int64)
+        for b in tl.static_range(len(BUNDLES)):
+            theirs = known & (rest // splits == b)
+            for t in tl.static_range(NUM_TIERS):
+                if t >= BUNDLES[b][0] and t < BUNDLES[b][1]:
+                    ends = offsets + t * (NUM_EXPERTS + 1) + tl.where(known, expert, 0)
+                    stop = tl.load(ends + 1, mask=theirs, other=0)
+                    count = tl.maximum(count, stop - tl.load(ends, mask=theirs, other=0))
         written = (count > rest % splits * split_rows)[:, None] & existing
         at = (token * shares + share)[:, None] * D_MODEL + columns[None, :]
         total += tl.sum(tl.load(partial + at, mask=written, other=0.0).to(tl.float32), axis=0)

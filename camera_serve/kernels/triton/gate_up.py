@@ -153,6 +153,16 @@ def _together(ROWS: tl.constexpr):
 
 
 @triton.jit
+def _select(is_up, up, gate, ALIGNED: tl.constexpr):
+    """Where two matrices begin, by row of a tile."""
+    begin = tl.where(is_up, up, gate)
+    if ALIGNED:
+        # Triton 3.8 would forget it, and read every element by itself, not 16 bytes.
+        begin = tl.multiple_of(begin, 16)
+    return begin
+
+
+@triton.jit
 def _apart(both, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Gate and up, `[ROWS, BLOCK]` each, of a tile in `_together`'s order."""
     by_eight = tl.reshape(both, (ROWS // 8, 2, 8, BLOCK))
@@ -177,8 +187,8 @@ def _dense(
     both = tl.zeros((2 * ROWS, BLOCK), tl.float32)
     which, is_up = _together(ROWS)
     rows = row + which
-    first = base * D_MODEL
-    matrix = tl.where(is_up, matrices[1] + first, matrices[0] + first) + rows * D_MODEL
+    first = _select(is_up, matrices[1], matrices[0], D_MODEL % 8 == 0)
+    matrix = first + base * D_MODEL + rows * D_MODEL
     steps = tl.arange(0, STEP)
     real = (rows < count)[:, None]
     for k in range(0, D_MODEL, STEP):
@@ -217,8 +227,8 @@ def _packed(
     which, is_up = _together(ROWS)
     rows = row + which
     real = rows < count
-    first = base * (D_MODEL // 32 * BITS)
-    matrix = tl.where(is_up, matrices[1] + first, matrices[0] + first)[:, None]
+    first = _select(is_up, matrices[1], matrices[0], D_MODEL % 128 == 0)
+    matrix = (first + base * (D_MODEL // 32 * BITS))[:, None]
     grids = tl.where(is_up, matrices[3] + base, matrices[2] + base) + rows
     lanes = tl.arange(0, LENGTH if LENGTH > 16 else 16)
     wanted = inside[:, None] & (lanes < LENGTH)[None, :]

@@ -10,6 +10,9 @@ from camera_serve.quantize.packing import unpack
 LONGEST_SLICE = 64
 """Rows of the smallest tile that Hopper's matrix units take."""
 
+READ_BYTES = 16
+"""Of one thread's widest read."""
+
 COLUMN_UNIT = 16
 """Activations of a tier begin at multiples of this, for 16-byte reads."""
 
@@ -130,11 +133,22 @@ def _pack_tier(tier: RaggedTier[Rows], dtype: torch.dtype) -> TritonTier:
         if gate.dtype != dtype:
             raise ValueError(f"a tier is held in {gate.dtype}, and the layer computes in {dtype}")
         empty = torch.empty(0, dtype=torch.int32, device=gate.device)
-        rows = (gate.contiguous(), up.contiguous(), down.contiguous())
+        rows = (_aligned(gate, READ_BYTES), _aligned(up, READ_BYTES), _aligned(down, READ_BYTES))
         return TritonTier(16, *rows, empty, empty, empty)
     assert isinstance(up, PackedRows) and isinstance(down, PackedRows)
     grids = (_grid(rows, dtype) for rows in (gate, up, down))
     return TritonTier(gate.bits, *(_interleave(rows) for rows in (gate, up, down)), *grids)
+
+
+def _aligned(matrix: torch.Tensor, row_unit: int) -> torch.Tensor:
+    """A matrix whose rows all begin at 16 bytes, if they are multiples of `row_unit` bytes.
+
+    Tiers that were loaded side by side begin there by themselves in that case; others are copied.
+    """
+    matrix = matrix.contiguous()
+    if matrix[:1].nbytes % row_unit == 0 and matrix.data_ptr() % READ_BYTES:
+        return matrix.clone()
+    return matrix
 
 
 def _interleave(rows: PackedRows) -> torch.Tensor:
@@ -159,7 +173,7 @@ def _interleave(rows: PackedRows) -> torch.Tensor:
         if rows.bits > low_bits:
             high = ((spans >> low_bits) << shifts).sum(2, dtype=torch.int32)
             in_bytes[part, d_model * low_bits // 8 :] = high.to(torch.uint8).flatten(1)
-    return rows.words
+    return _aligned(rows.words, READ_BYTES * rows.bits)
 
 
 def _grid(rows: PackedRows, dtype: torch.dtype) -> torch.Tensor:

@@ -11,12 +11,14 @@ from camera_serve.kernels.triton.gate_up import gate_up
 from camera_serve.kernels.triton.layout import TILE_ROWS, TritonLayer
 from camera_serve.kernels.triton.routing import Slots, route
 from camera_serve.kernels.triton.tiles import (
+    Bundles,
     Tiles,
+    bundles,
     choose,
+    lengths,
     most_tiles,
     side_by_side,
     split_rows,
-    tier_shapes,
 )
 
 _SUM_TILE = 8192
@@ -74,7 +76,7 @@ def _gate_up(
         tuple((t.gate, t.up, t.gate_grid, t.up_grid) for t in layer.tiers),
         together,
         layer.width,
-        TIERS=tier_shapes(layer, tiles.columns),
+        TIERS=tuple(zip((tier.bits for tier in layer.tiers), lengths(layer), strict=True)),
         TOP_K=ids.shape[1],
         NUM_EXPERTS=layer.num_experts,
         D_MODEL=layer.d_model,
@@ -98,14 +100,14 @@ def _down(
     layer: TritonLayer,
     tiles: Tiles,
 ) -> None:
-    tiers = tier_shapes(layer, tiles.columns)
-    units = sum(programs for *_, programs in tiers)
+    bundled = bundles(layer, tiles.columns)
+    units = sum(programs for *_, programs in bundled)
     works, together = layer.num_experts, side_by_side(layer, tiles, len(ids), ids.numel())
     if slots.direct:
         works, together = len(hidden), 1
     rows = split_rows(layer, tiles, min(works, len(hidden)) * together, units)
     splits = max(1, -(-layer.most_rows // rows))
-    partial = hidden.new_empty(len(hidden), len(tiers), splits, layer.d_model)
+    partial = hidden.new_empty(len(hidden), len(bundled), splits, layer.d_model)
     down[(works * together * units * splits,)](
         hidden,
         partial,
@@ -118,7 +120,8 @@ def _down(
         rows,
         together,
         layer.width,
-        TIERS=tiers,
+        BITS=tuple(tier.bits for tier in layer.tiers),
+        BUNDLES=bundled,
         UNITS=units,
         NUM_EXPERTS=layer.num_experts,
         D_MODEL=layer.d_model,
@@ -130,15 +133,20 @@ def _down(
         num_warps=tiles.down_warps,
         num_stages=tiles.down_stages,
     )
-    _add_up(partial, out, ids, layer, rows)
+    _add_up(partial, out, ids, layer, rows, bundled)
 
 
 def _add_up(
-    partial: torch.Tensor, out: torch.Tensor, ids: torch.Tensor, layer: TritonLayer, rows: int
+    partial: torch.Tensor,
+    out: torch.Tensor,
+    ids: torch.Tensor,
+    layer: TritonLayer,
+    rows: int,
+    bundled: Bundles,
 ) -> None:
     """All of a token's shares at once where they fit: one wait for memory, not one for each."""
-    _, num_tiers, splits, d_model = partial.shape
-    shares = ids.shape[1] * num_tiers * splits
+    _, num_bundles, splits, d_model = partial.shape
+    shares = ids.shape[1] * num_bundles * splits
     at_once = min(_MOST_AT_ONCE, triton.next_power_of_2(shares))
     columns = max(_LEAST_COLUMNS, min(_MOST_COLUMNS, _SUM_TILE // at_once))
     add_up[(len(out), -(-d_model // columns))](
@@ -148,7 +156,8 @@ def _add_up(
         layer.offsets,
         splits,
         rows,
-        NUM_TIERS=num_tiers,
+        NUM_TIERS=len(layer.tiers),
+        BUNDLES=bundled,
         TOP_K=ids.shape[1],
         NUM_EXPERTS=layer.num_experts,
         D_MODEL=d_model,

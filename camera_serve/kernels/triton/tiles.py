@@ -1,7 +1,9 @@
 """The tile sizes of a call: a small table by slots per expert, and what follows from it."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,7 +14,10 @@ from camera_serve.kernels.triton.layout import (
     slice_length,
     slices_of,
 )
-from camera_serve.kernels.triton.tuned import TABLE
+from camera_serve.kernels.triton.tuned import TABLES
+
+Bundles = tuple[tuple[int, int, int, int, int], ...]
+"""What `bundles` gives, of numbers alone, as a kernel is compiled for it."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,28 @@ def choose(layer: TritonLayer, num_slots: int, x: torch.Tensor) -> Tiles:
     and always the smallest in float32, which has no matrix units.
     """
     kind = "packed" if any(tier.bits < 16 for tier in layer.tiers) else "dense"
+    table = TABLES[matrix_unit(x.device)][kind]
     per_expert = num_slots / layer.num_experts
-    bounds = sorted(TABLE[kind])
+    bounds = sorted(table)
     enough = next((i for i, bound in enumerate(bounds) if per_expert <= bound), len(bounds) - 1)
     for bound in reversed(bounds[1 : enough + 1] if x.element_size() == 2 else ()):
-        tiles = _fitted(layer, Tiles(**TABLE[kind][bound]), x)
+        tiles = _fitted(layer, Tiles(**table[bound]), x)
         if tiles:
             return tiles
-    smallest = Tiles(**TABLE[kind][bounds[0]])
+    smallest = Tiles(**table[bounds[0]])
     return _fitted(layer, smallest, x) or replace(smallest, stages=1, down_stages=1)
+
+
+@cache
+def matrix_unit(device: torch.device) -> str:
+    """The instruction Triton multiplies tiles by there, which tile sizes depend on most.
+
+    With `mma.sync` (Ampere, Ada, small Blackwell cards) all operands are in registers, `wgmma`
+    (Hopper) reads tokens from shared memory, and `tcgen05` (large Blackwell cards) adds up in a
+    memory of its own, of 512 columns. Without a GPU, Hopper's.
+    """
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(major, "mma.sync")
 
 
 def _fitted(layer: TritonLayer, tiles: Tiles, x: torch.Tensor) -> Tiles | None:
@@ -64,8 +82,9 @@ def _fitted(layer: TritonLayer, tiles: Tiles, x: torch.Tensor) -> Tiles | None:
     step = (2 * tiles.rows + tiles.block) * tiles.step * size
     if any(tier.bits < 16 for tier in layer.tiers):
         span = min(8 * LONGEST_SLICE, layer.d_model)
-        # Three bits in two planes, and a grid for each group of at least 32.
-        step = max(step, 2 * tiles.rows * (span * 3 // 8 + span // 8) + tiles.block * span * size)
+        # Three bits in two planes, and a grid for each group.
+        row = span * 3 // 8 + 4 * -(-span // layer.group_size)
+        step = max(step, 2 * tiles.rows * row + tiles.block * span * size)
     down_step = (tiles.columns + tiles.block) * tiles.down_step * size
     stages, down_stages = room // step, room // down_step
     if min(stages, down_stages) < 2:
@@ -99,16 +118,31 @@ def side_by_side(layer: TritonLayer, tiles: Tiles, num_tokens: int, num_slots: i
     return max(1, min(-(-num_tokens // tiles.block), round(2 * mean / tiles.block)))
 
 
-def tier_shapes(layer: TritonLayer, columns: int) -> tuple[tuple[int, int, int, int], ...]:
-    """Bits, slice length, columns of a down program and programs that cover d_model, by tier."""
-    shapes = []
-    for tier in layer.tiers:
-        length = 0
-        if tier.bits < 16:
-            length = slice_length(tier.bits, layer.d_model, layer.group_size)
-            columns = slices_of(tier.bits) * length
-        shapes.append((tier.bits, length, columns, -(-layer.d_model // columns)))
-    return tuple(shapes)
+def lengths(layer: TritonLayer) -> tuple[int, ...]:
+    """Slice length of each tier; 0 where weights are not packed."""
+    return tuple(
+        slice_length(tier.bits, layer.d_model, layer.group_size) if tier.bits < 16 else 0
+        for tier in layer.tiers
+    )
+
+
+def bundles(layer: TritonLayer, columns: int) -> Bundles:
+    """Neighbouring tiers whose down programs take the same columns: one program adds them all up.
+
+    For each its first tier, the one behind its last, slices and their length, which together are
+    the columns of a program, and programs that cover d_model. columns: of one for a 16-bit tier.
+    """
+    shapes = [
+        (slices_of(tier.bits), length) if length else (1, columns)
+        for tier, length in zip(layer.tiers, lengths(layer), strict=True)
+    ]
+    found = []
+    first = 0
+    for shape, alike in groupby(shapes):
+        stop = first + len(list(alike))
+        found.append((first, stop, *shape, -(-layer.d_model // math.prod(shape))))
+        first = stop
+    return tuple(found)
 
 
 def split_rows(layer: TritonLayer, tiles: Tiles, active: int, units: int) -> int:
