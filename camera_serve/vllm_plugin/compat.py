@@ -4,6 +4,7 @@ Up to 0.29 the CPU backend has no router: MoE methods get router logits there ("
 Up to 0.27 vLLM would swap in a modular kernel under data + expert parallelism.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,13 +33,13 @@ class MoEMethodBase(FusedMoEMethodBase):
 
     def __init__(self, moe: FusedMoEConfig) -> None:
         super().__init__(moe)
-        # Asked once: torch.compile warns of cached functions in what it traces.
-        self._routes_itself = _routes_itself()
+        # Found once: torch.compile can trace neither the asking nor an import.
+        self._routing = _cpu_routing() if _routes_itself() else None
 
     @property
     def is_monolithic(self) -> bool:
         """Whether vLLM leaves the routing to the method."""
-        return self._routes_itself
+        return self._routing is not None
 
     def apply_monolithic(
         self,
@@ -48,7 +49,8 @@ class MoEMethodBase(FusedMoEMethodBase):
         input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Route with vLLM's own CPU routing, then `apply`."""
-        top_k_weights, top_k_ids = _cpu_routing().select_experts(
+        assert self._routing
+        top_k_weights, top_k_ids = self._routing(
             hidden_states=x,
             router_logits=router_logits,
             use_grouped_topk=layer.use_grouped_topk,
@@ -83,5 +85,7 @@ def _routes_itself() -> bool:
     return bool(current_platform.is_cpu()) and find_spec(_CPU_ROUTER) is None
 
 
-def _cpu_routing() -> Any:
-    return import_module(next(name for name in _CPU_ROUTINGS if find_spec(name)))
+def _cpu_routing() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    module = import_module(next(name for name in _CPU_ROUTINGS if find_spec(name)))
+    routing: Callable[..., tuple[torch.Tensor, torch.Tensor]] = module.select_experts
+    return routing

@@ -200,6 +200,19 @@ def test_cuda_graphs_are_refused_with_the_remedy_where_it_is_not(
         make_layer(experts)
 
 
+ROUTING_SETTINGS = (
+    "use_grouped_topk",
+    "top_k",
+    "renormalize",
+    "topk_group",
+    "num_expert_group",
+    "custom_routing_function",
+    "scoring_func",
+    "routed_scaling_factor",
+    "e_score_correction_bias",
+)
+
+
 def test_vllm_without_a_cpu_router_routes_with_its_own_function(
     monkeypatch: pytest.MonkeyPatch, experts: Experts
 ) -> None:
@@ -210,13 +223,9 @@ def test_vllm_without_a_cpu_router_routes_with_its_own_function(
         asked.update(arguments)
         return top_k_weights.double(), ids.long()
 
-    routing = SimpleNamespace(select_experts=select_experts)
-    monkeypatch.setattr(compat, "_cpu_routing", lambda: routing)
-    names = (
-        "use_grouped_topk top_k renormalize topk_group num_expert_group custom_routing_function "
-        "scoring_func routed_scaling_factor e_score_correction_bias"
-    )
-    settings = {key: f"the layer's {key}" for key in names.split()}
+    monkeypatch.setattr(compat, "_routes_itself", lambda: True)
+    monkeypatch.setattr(compat, "_cpu_routing", lambda: select_experts)
+    settings = {key: f"the layer's {key}" for key in ROUTING_SETTINGS}
     method, layer = loaded_layer(experts, **settings)
 
     logits = torch.randn(5, 4)
@@ -226,3 +235,25 @@ def test_vllm_without_a_cpu_router_routes_with_its_own_function(
     assert asked.pop("hidden_states") is x
     assert asked.pop("router_logits") is logits
     assert asked == settings
+
+
+def test_its_routing_is_part_of_compiled_graphs(
+    monkeypatch: pytest.MonkeyPatch, experts: Experts
+) -> None:
+    x, _, _ = tokens(experts)
+    top_k = 2
+
+    def select_experts(router_logits: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = router_logits.softmax(-1).topk(top_k)
+        return weights, ids
+
+    monkeypatch.setattr(compat, "_routes_itself", lambda: True)
+    monkeypatch.setattr(
+        compat, "import_module", lambda _: SimpleNamespace(select_experts=select_experts)
+    )
+    monkeypatch.setattr(compat, "find_spec", lambda _: True)
+    method, layer = loaded_layer(experts, **dict.fromkeys(ROUTING_SETTINGS))
+    logits = torch.randn(len(x), 4)
+    # As vLLM compiles a model: what cannot be traced is an error.
+    compiled = torch.compile(method.apply_monolithic, fullgraph=True, backend="eager")
+    assert compiled(layer, x, logits).equal(method.apply_monolithic(layer, x, logits))
