@@ -6,17 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from camera_serve.checkpoint.format import DENSE_TIERS, dense_layout, expert_shapes
-from camera_serve.checkpoint.reader import Checkpoint, read_json
-from camera_serve.errors import CheckpointError
+from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.layout import LayerLayout
 from camera_serve.models.structure import PROJECTIONS
-from camera_serve.recipe import describe_errors
-from camera_serve.report import CompressionReport
-
-REPORT = "camera_report.json"
+from camera_serve.report import read_report
 
 
 @dataclass(frozen=True)
@@ -205,14 +199,5 @@ def _inspect_layer(
 
 def _tokens_per_expert(path: Path) -> dict[str, tuple[int, ...]]:
     """Calibration tokens of each expert, by MoE layer prefix; empty without a report."""
-    file = path / REPORT
-    if not file.exists():
-        return {}
-    try:
-        report = CompressionReport.model_validate(read_json(file))
-    except ValidationError as error:
-        raise CheckpointError(
-            f"{file} is no report of camera-serve compress: {describe_errors(error)}; remove it, "
-            "or compress the model again"
-        ) from error
-    return {layer.layer: layer.tokens_per_expert for layer in report.layers}
+    report = read_report(path)
+    return {layer.layer: layer.tokens_per_expert for layer in report.layers} if report else {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from camera_serve.calibration import calibration_tokens
+from camera_serve.calibration import HUB_SETS, calibration_tokens
 from camera_serve.checkpoint.card import model_card
 from camera_serve.checkpoint.format import (
     MARKER,
@@ -29,6 +29,7 @@ from camera_serve.checkpoint.writer import (
     copy_side_files,
     require_space,
     serving_config,
+    sha256_of,
     write_index,
     write_json,
     write_shard,
@@ -39,7 +40,7 @@ from camera_serve.errors import DamagedWeightsError, OutputError
 from camera_serve.fingerprint import fingerprint
 from camera_serve.progress import OnProgress, Reporter
 from camera_serve.recipe import Recipe, Settings
-from camera_serve.report import CompressionReport, LayerReport
+from camera_serve.report import REPORT_FILE, CompressionReport, LayerReport
 from camera_serve.runtime import compute_dtype, pick_device, run_log
 from camera_serve.sizing import Estimate, check_fits, disk_bytes, estimate_for
 from camera_serve.streaming import ModelStream, StreamedLayer
@@ -59,9 +60,15 @@ class _Run:
 
 
 def estimate(model: str | Path, recipe: Recipe, *, device: str = "auto") -> Estimate:
-    """What `compress` would write, hold and take, without writing anything."""
-    checkpoint = Checkpoint.open(resolve(str(model)))
+    """What `compress` would write, hold and take, without writing anything.
+
+    Local calibration text is looked at: too little raises `CalibrationError`. None is downloaded.
+    """
+    source = resolve(str(model))
+    checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
+    if recipe.calibration.source not in HUB_SETS:
+        calibration_tokens(recipe.calibration, source)
     return estimate_for(checkpoint, recipe, pick_device(device))
 
 
@@ -116,10 +123,10 @@ def compress(
 
 
 def _finished(output: Path, wanted: dict[str, str]) -> CompressionReport | None:
-    if not (output / "camera_report.json").exists():
+    if not (output / REPORT_FILE).exists():
         return None
     try:
-        report = CompressionReport.model_validate(read_json(output / "camera_report.json"))
+        report = CompressionReport.model_validate(read_json(output / REPORT_FILE))
     except ValidationError as error:
         raise OutputError(
             f"{output} holds a camera_report.json of another kind: choose another output"
@@ -134,9 +141,13 @@ def _finished(output: Path, wanted: dict[str, str]) -> CompressionReport | None:
 
 
 class LayerResult(Settings):
-    """What one finished layer adds to the checkpoint; `counts` and `report` are its MoE part."""
+    """What one finished layer adds to the checkpoint; `counts` and `report` are its MoE part.
+
+    `sha256` is of its file.
+    """
 
     names: tuple[str, ...]
+    sha256: str = ""
     expert_bytes: int = 0
     counts: LayerCounts | None = None
     report: LayerReport | None = None
@@ -167,7 +178,9 @@ def _compress_layer(
         rest = [name for name in names if name not in run.checkpoint.expert_names]
         tensors = _read(run.checkpoint, rest) | compressed.tensors
         result = _layer_result(run.checkpoint.structure.moe_prefix(layer), tensors, compressed)
-    write_shard(run.workspace.path / run.shards.file_name(layer + 1), tensors)
+    file = run.workspace.path / run.shards.file_name(layer + 1)
+    write_shard(file, tensors)
+    result = result.model_copy(update={"sha256": sha256_of(file)})
     output = run.stream.run(layer, loaded, hidden)
     run.workspace.commit(layer, result.model_dump(mode="json"), output)
     return output
@@ -223,13 +236,17 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
     results = [LayerResult.model_validate(r) for r in run.workspace.results(num_layers)]
     names = [shards.shards[0], *(list(result.names) for result in results)]
     names += shards.shards[num_layers + 1 :]
-    for shard in (0, *range(num_layers + 1, len(names))):
-        write_shard(folder / shards.file_name(shard), _read(checkpoint, names[shard]))
+    sha256 = {shards.file_name(n): r.sha256 for n, r in enumerate(results, start=1)}
+    for file, held in (
+        (shards.file_name(n), names[n]) for n in (0, *range(num_layers + 1, len(names)))
+    ):
+        write_shard(folder / file, _read(checkpoint, held))
+        sha256[file] = sha256_of(folder / file)
     copy_side_files(checkpoint.path, folder)
     files = {shards.file_name(shard): held for shard, held in enumerate(names)}
-    report = _report(run, model, print_, results)
+    report = _report(run, model, print_, results, dict(sorted(sha256.items())))
     write_index(folder, files, report.total_bytes_after)
-    write_json(folder / "camera_report.json", report.model_dump(mode="json"))
+    write_json(folder / REPORT_FILE, report.model_dump(mode="json"))
     write_text(folder / "camera_recipe.yaml", run.recipe.dump())
     write_text(folder / "README.md", model_card(checkpoint.path, report))
     quantization = CameraQuantizationConfig(
@@ -244,7 +261,11 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
 
 
 def _report(
-    run: _Run, model: str, print_: dict[str, str], results: list[LayerResult]
+    run: _Run,
+    model: str,
+    print_: dict[str, str],
+    results: list[LayerResult],
+    sha256: dict[str, str],
 ) -> CompressionReport:
     before, after = run.checkpoint, sum(result.expert_bytes for result in results)
     stored = sum(before.entries[name].num_bytes for shard in run.shards.shards for name in shard)
@@ -257,4 +278,5 @@ def _report(
         total_bytes_before=before.total_bytes,
         total_bytes_after=stored - before.expert_bytes + after,
         layers=tuple(result.report for result in results if result.report),
+        sha256=sha256,
     )

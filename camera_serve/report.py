@@ -1,8 +1,15 @@
 """What a compression did, as `camera_report.json`: versioned, and without times: it reproduces."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
-from camera_serve.recipe import Recipe, Settings
+from pydantic import ValidationError
+
+from camera_serve.checkpoint.reader import read_json
+from camera_serve.errors import CheckpointError
+from camera_serve.recipe import Recipe, Settings, describe_errors
+
+REPORT_FILE = "camera_report.json"
 
 
 class LayerReport(Settings):
@@ -25,7 +32,10 @@ class LayerReport(Settings):
 
 
 class CompressionReport(Settings):
-    """A whole compression. Shares are of micro-experts (λ) and of all stored bytes."""
+    """A whole compression. Shares are of micro-experts (λ) and of all stored bytes.
+
+    `sha256` is of each file of weights, in hexadecimal; reports of older versions have none.
+    """
 
     version: int = 1
     model: str
@@ -36,6 +46,7 @@ class CompressionReport(Settings):
     total_bytes_before: int
     total_bytes_after: int
     layers: tuple[LayerReport, ...]
+    sha256: Mapping[str, str] = {}
 
     @property
     def saved_of_experts(self) -> float:
@@ -46,3 +57,20 @@ class CompressionReport(Settings):
     def saved_of_all(self) -> float:
         """Share of all bytes of the model saved."""
         return 1 - self.total_bytes_after / self.total_bytes_before
+
+
+def read_report(folder: Path) -> CompressionReport | None:
+    """The report in a checkpoint's folder, if there is one.
+
+    Raises `CheckpointError` for a file that is none.
+    """
+    file = folder / REPORT_FILE
+    if not file.exists():
+        return None
+    try:
+        return CompressionReport.model_validate(read_json(file))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{file} is no report of camera-serve compress: {describe_errors(error)}; remove it, "
+            "or compress the model again"
+        ) from error

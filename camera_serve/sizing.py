@@ -75,7 +75,7 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
         expert_bytes_after=tiers * len(structure.moe_layers),
         total_bytes_before=checkpoint.total_bytes,
         disk_bytes=disk_bytes(checkpoint, recipe),
-        # A layer's output is held in batches and as one while its input is still there.
+        # A layer's input, its output, and the output once more while it is saved.
         peak_memory_bytes=held + tiers + working + 3 * _hidden_bytes(checkpoint, recipe),
         layer_bytes=layer,
         mapped_bytes=mapped,

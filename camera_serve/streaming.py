@@ -135,7 +135,11 @@ class ModelStream:
 
     def run(self, layer: int, loaded: StreamedLayer, hidden: torch.Tensor) -> torch.Tensor:
         """The layer's outputs for all samples, `[samples, seq_len, d_model]` on CPU."""
-        return torch.cat(list(self.outputs(layer, loaded, hidden)))
+        out, done = torch.empty_like(hidden), 0
+        for batch in self.outputs(layer, loaded, hidden):
+            out[done : done + len(batch)] = batch
+            done += len(batch)
+        return out
 
     @torch.inference_mode()
     def outputs(

@@ -10,10 +10,11 @@ import torch
 
 from camera_serve.checkpoint.format import dense_layout
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.checkpoint.writer import serving_config
+from camera_serve.checkpoint.writer import serving_config, sha256_of
 from camera_serve.errors import CheckpointError
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.progress import OnProgress, Reporter
+from camera_serve.report import REPORT_FILE, read_report
 
 ExpertNames = dict[Projection, str]
 
@@ -42,6 +43,7 @@ class LayerVerification:
 class Verification:
     """What was checked and found right.
 
+    `num_checksums` files of weights are what `compress` wrote; 0 where it noted no checksums.
     `layers` is empty when there was no original to compare, and where tiers are `packed`: codes do
     not tell which micro-expert of the original they stand for.
     """
@@ -50,6 +52,7 @@ class Verification:
     against: Path | None
     num_tensors: int
     total_bytes: int
+    num_checksums: int
     packed: bool
     layers: tuple[LayerVerification, ...]
 
@@ -60,6 +63,7 @@ class Verification:
             "against": str(self.against) if self.against else None,
             "num_tensors": self.num_tensors,
             "total_bytes": self.total_bytes,
+            "num_checksums": self.num_checksums,
             "packed": self.packed,
             "layers": [asdict(layer) | {"num_dropped": layer.num_dropped} for layer in self.layers],
         }
@@ -73,11 +77,13 @@ def verify(
     With `against`: the config is the original's, every tensor outside the experts is byte-equal to
     it, and every micro-expert kept in 16 bits is exactly one of the original's, none kept twice;
     packed ones are compared by `fidelity.output_errors`. Zeros in a dense checkpoint count as
-    dropped. Raises `CheckpointError` naming the first tensor and row at fault.
+    dropped. At last every file is compared with its checksum in camera_report.json. Raises
+    `CheckpointError` naming the first tensor and row at fault, or the file.
     """
     checkpoint = Checkpoint.open(path)
     original = Checkpoint.open(against) if against else None
     if original:
+        original.require_dense()
         _check_same_model(checkpoint, original)
     moe_layers = checkpoint.structure.moe_layers
     report = Reporter(len(moe_layers), torch.device("cpu"), on_progress)
@@ -95,14 +101,29 @@ def verify(
             compared = _verify_layer(checkpoint, original, layer)
             layers += [compared] if min(bits) == 16 else []
         report("verify", done)
+    checkpoint.release()
     return Verification(
         path=path,
         against=against,
         num_tensors=len(checkpoint.entries),
         total_bytes=checkpoint.total_bytes,
+        num_checksums=_check_files(path),
         packed=min(bits) < 16,
         layers=tuple(layers),
     )
+
+
+def _check_files(path: Path) -> int:
+    """Compare every file with its checksum in the report, if there is one; their number."""
+    report = read_report(path)
+    checksums = report.sha256 if report else {}
+    for file, wanted in checksums.items():
+        if (found := sha256_of(path / file)) != wanted:
+            raise CheckpointError(
+                f"{path / file} is not the file that compress wrote: its SHA-256 is {found}, and "
+                f"{wanted} in {REPORT_FILE}: copy the file again, or compress again"
+            )
+    return len(checksums)
 
 
 def _check_same_model(checkpoint: Checkpoint, original: Checkpoint) -> None:

@@ -1,5 +1,6 @@
 """`verify` finds every dropped micro-expert, and every weight that is not the original's."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from camera_serve.errors import CheckpointError
 from camera_serve.progress import Progress
+from camera_serve.report import REPORT_FILE
 from camera_serve.verification import verify
 from converters.dense import convert_to_dense
 from tests import pruning, quantized, tiny_models
@@ -234,6 +236,35 @@ def test_an_altered_16_bit_row_beside_packed_ones_is_named(
     tensors = load_file(shard)
     tensors[name][where] += 0.5
     save_file(tensors, shard, metadata={"format": "pt"})
-    verify(out)
+    with pytest.raises(CheckpointError, match=f"{shard.name} is not the file that compress wrote"):
+        verify(out)
     with pytest.raises(CheckpointError, match=rf"{name}, {named} is no .*changed"):
         verify(out, dense)
+
+
+def test_every_file_is_what_compress_wrote_to_the_byte(mixed: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    shards = sorted(out.glob("*.safetensors"))
+    assert verify(out).num_checksums == len(shards) > 2
+    # Random codes are codes: nothing but the checksum tells.
+    shard = shards[-1]
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith("qweight"))
+    tensors[name].view(-1)[0] ^= 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    found = hashlib.sha256(shard.read_bytes()).hexdigest()
+    with pytest.raises(CheckpointError, match=f"{shard.name} is not the file.*{found}.*copy"):
+        verify(out)
+
+
+def test_reports_of_older_versions_have_no_checksums(mixed: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    report = json.loads((out / REPORT_FILE).read_text())
+    del report["sha256"]
+    (out / REPORT_FILE).write_text(json.dumps(report))
+    assert verify(out).num_checksums == 0
+
+
+def test_the_original_is_not_compressed_itself(mixed: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"already compressed .*original model"):
+        verify(mixed, mixed)

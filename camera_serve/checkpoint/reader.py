@@ -317,7 +317,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
             }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is truncated or not a safetensors file ({error}); download it again"
+            f"{file} is truncated or not a safetensors file ({error}); copy or download it again"
         ) from error
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from camera_serve.checkpoint.reader import read_json
 from camera_serve.checkpoint.writer import publish, write_json, write_shard
 from camera_serve.errors import OutputError
+from camera_serve.report import REPORT_FILE
 
 Fingerprint = Mapping[str, str]
 """What decides the bytes of the output, each part by name: a run resumes only its own."""
@@ -113,6 +114,6 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{output} exists: choose another name, or replace it with --overwrite")
-    ours = (output / "camera_report.json").exists() or (output / "camera_analysis.json").exists()
+    ours = (output / REPORT_FILE).exists() or (output / "camera_analysis.json").exists()
     if not ours and any(output.iterdir() if output.is_dir() else [output]):
         raise OutputError(f"{output} was not written by camera-serve: it will not be overwritten")

@@ -1,5 +1,6 @@
 """Writing a checkpoint: shards, index, config and side files, every file by rename."""
 
+import hashlib
 import json
 import os
 import re
@@ -15,11 +16,12 @@ from safetensors.torch import save_file
 from camera_serve.checkpoint.format import MARKER_FILE, CameraQuantizationConfig
 from camera_serve.checkpoint.reader import INDEX, Checkpoint
 from camera_serve.errors import OutputError
+from camera_serve.report import REPORT_FILE
 
 SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Tokenizer, chat template and generation settings; never code, never pickles."""
 
-GENERATED = {"config.json", MARKER_FILE, INDEX, "camera_report.json"}
+GENERATED = {"config.json", MARKER_FILE, INDEX, REPORT_FILE}
 
 
 class ShardPlan:
@@ -56,6 +58,12 @@ def write_shard(
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -120,7 +120,7 @@ def _estimate_summary(estimate: "Estimate") -> str:
     lines = [
         ("expert weights", experts + human_bytes(estimate.expert_bytes_after)),
         ("checkpoint", human_bytes(estimate.output_bytes)),
-        ("peak memory", human_bytes(estimate.peak_memory_bytes)),
+        ("peak memory", f"{human_bytes(estimate.peak_memory_bytes)}, beside Python and torch"),
         ("  one layer", ", ".join(f"{human_bytes(size)} {what}" for size, what in parts)),
     ]
     if estimate.layers_at_once > 1:

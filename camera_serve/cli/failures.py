@@ -57,7 +57,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _how_to_go_on(command: str | None) -> str:
     if command == "compress":
         return (
-            "interrupted: layers that were finished are kept beside the output folder; run the "
-            "same command with --resume to go on, or with --overwrite to start again"
+            "interrupted: finished layers, if any, are kept beside the output folder; run the same "
+            "command with --resume to go on, or with --overwrite to start again"
         )
     return "interrupted: nothing was changed; run the same command again"

@@ -112,8 +112,14 @@ def recipe_from(ctx: click.Context) -> "Recipe":
         _refuse_flags_beside_recipe(ctx)
         return Recipe.load(flags["recipe"])
     own = {name: flags[name] for name in ("align", "group_size", "solver")}
-    values = calibration_values(flags) | {"plan": _plan(flags)} | own
-    return validated(Recipe, values)
+    plan = _plan(flags)
+    for name in () if plan.quantized else ("group_size", "solver"):
+        if _was_given(ctx, name):
+            raise click.UsageError(
+                f"{_flag(name)} is for tiers below 16 bits, and this plan has none: drop it, or "
+                "quantize with --bits or --plan."
+            )
+    return validated(Recipe, calibration_values(flags) | {"plan": plan} | own)
 
 
 def _plan(flags: dict[str, Any]) -> "TierPlan":

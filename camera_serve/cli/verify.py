@@ -97,6 +97,10 @@ def _report(verification: "Verification") -> str:
         f"OK: {verification.num_tensors} tensors ({human_bytes(verification.total_bytes)}) have "
         "the names and shapes config.json implies, and every weight is finite"
     )
+    if verification.num_checksums:
+        checked += (
+            f"\nOK: {verification.num_checksums} files are, by their SHA-256, those compress wrote"
+        )
     if verification.against is None:
         return checked
     if verification.packed:

@@ -216,6 +216,7 @@ def test_too_little_text_says_how_much_was_found_and_needed(
     flags = ["--calibration", str(text), "--samples", "4", "--seq-len", "64"]
     _assert_refused(run, "compress", copy, flags, "tokens", "256")
     _assert_refused(run, "analyze", copy, flags, "tokens", "256")
+    _assert_refused(run, "compress", copy, [*flags, "--dry-run"], "tokens", "256")
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def test_dry_run_prints_the_real_sizes_and_touches_nothing(
     assert "expert weights  456.0 KiB -> 228.0 KiB" in result.stdout
     for name in ("checkpoint", "peak memory", "disk needed", "time"):
         assert any(line.startswith(name) for line in result.stdout.splitlines())
+    assert "solver" not in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -254,3 +255,15 @@ def test_a_bad_recipe_file_is_refused_by_setting(
     assert result.stderr.startswith(f"error: recipe {file}")
     assert named in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_products_are_not_kept_for_shapes_that_do_not_come_again(
+    run: Run, model: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(setting, "")
+    monkeypatch.delenv(setting)
+    run("bench", tmp_path)
+    assert setting not in os.environ
+    run("compress", model, "-o", tmp_path / "out", "--prune", 0.5, "--dry-run", *small)
+    assert int(os.environ[setting]) < 1024
