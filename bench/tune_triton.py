@@ -24,7 +24,7 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from bench.gpu.layers import PLANS, TOLERANCE
+from bench.gpu.layers import PLANS, TOLERANCE, exact_output
 from bench.gpu.random_layers import DTYPE, Tokens, ragged_layer, random_tokens
 from bench.gpu.timing import Run, compare
 from bench.shapes import SHAPES
@@ -40,11 +40,14 @@ GRID: Mapping[str, Sequence[int]] = {
     "step": (64, 128, 256),
     "warps": (4, 8),
     "stages": (2, 3, 4, 5),
+    "registers": (128, 168, 255),
     "columns": (64, 128, 256),
+    "down_parts": (1, 2, 4),
     "down_step": (32, 64, 128),
     "down_warps": (4, 8),
     "down_stages": (2, 3, 4, 5),
-    "programs": (132, 264, 528, 1056),
+    "down_registers": (128, 168, 255),
+    "programs": (132, 264, 396, 528),
 }
 HEADER = '''"""Tile sizes by matrix unit, kind of layer and most slots per expert.
 
@@ -79,10 +82,10 @@ def main() -> int:
             print(f"{kind}, {bound} slots per expert: not tuned, the time is over")
             continue
         start = Tiles(**table[kind][bound])
-        best = descend(_trials(options.shapes, kind, bound, start), start, deadline)
+        best = descend(_trials(options.shapes, kind, bound), start, deadline)
         table[kind][bound] = asdict(best)
-    devices = present.DEVICES | {unit: torch.cuda.get_device_name()}
-    write_tables(options.output, devices, present.TABLES | {unit: table})
+        devices = present.DEVICES | {unit: torch.cuda.get_device_name()}
+        write_tables(options.output, devices, present.TABLES | {unit: table})
     print(f"wrote {options.output}")
     return 0
 
@@ -101,15 +104,15 @@ def _rows(table: Table) -> Iterator[tuple[str, int]]:
     return ((kind, bound) for bound in bounds for kind in table if bound in table[kind])
 
 
-def _trials(shapes: Sequence[str], kind: str, bound: int, start: Tiles) -> list[Trial]:
+def _trials(shapes: Sequence[str], kind: str, bound: int) -> list[Trial]:
     device, trials = torch.device("cuda"), []
     for name in shapes:
         shape = SHAPES[name]
-        layer = pack_layer(ragged_layer(shape, PLANS[LAYERS[kind]], 0, device), DTYPE)
+        layer = ragged_layer(shape, PLANS[LAYERS[kind]], 0, device)
         count = max(1, round(bound * 0.7 * shape.num_experts / shape.top_k))
         inputs = [random_tokens(shape, count, 0, device, balanced=False) for _ in range(4)]
-        wanted = _run(Trial(layer, inputs, inputs[0].x), start, 0)
-        trials.append(Trial(layer, inputs, wanted.float()))
+        wanted = exact_output(layer, inputs[0])
+        trials.append(Trial(pack_layer(layer, DTYPE), inputs, wanted))
     return trials
 
 

@@ -1,5 +1,6 @@
 """The layers ragged ones are compared with, by calling vLLM's kernels on tensors directly."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.gpu.random_layers import DTYPE, GROUP_SIZE, Tokens
+from bench.gpu.random_layers import DTYPE, GROUP_SIZE, Tokens, random_tokens
 from bench.shapes import Shape
+from camera_serve.errors import first_line
 
 HUMMING_BITS = (2, 3, 4)
 
@@ -35,7 +37,7 @@ def dense_layers(shape: Shape, w13: torch.Tensor, w2: torch.Tensor) -> dict[str,
     def triton(tokens: Tokens) -> torch.Tensor:
         return fused_experts(tokens.x, w13, w2, tokens.weights, tokens.ids)
 
-    chosen = _chosen_backend(shape, w13, w2)
+    chosen = tried(shape, w13.device, lambda: _chosen_backend(shape, w13, w2))
     return {"vllm-triton": triton} | chosen
 
 
@@ -46,10 +48,12 @@ def _chosen_backend(shape: Shape, w13: torch.Tensor, w2: torch.Tensor) -> dict[s
 
     config = moe_config(shape, w13.device)
     backend, experts = unquantized.select_unquantized_moe_backend(config)
-    if backend.name == "TRITON" or experts is None:
+    # One that routes by itself takes router logits, which the others do not.
+    if backend.name == "TRITON" or experts is None or experts.is_monolithic():
         return {}
+    # Some backends reorder weights where they lie, and others compute with the same.
     w1, w2 = unquantized.convert_to_unquantized_kernel_format(
-        backend, moe_config=config, w13_weight=w13, w2_weight=w2
+        backend, moe_config=config, w13_weight=w13.clone(), w2_weight=w2.clone()
     )
     kernel = unquantized.make_unquantized_moe_kernel(
         FusedMoEQuantConfig.make(), config, backend, experts
@@ -95,11 +99,36 @@ def moe_config(shape: Shape, device: torch.device) -> Any:
     )
 
 
-def has_humming() -> bool:
-    """Whether vLLM finds the kernels it can use for any few bits."""
+def tried(
+    shape: Shape, device: torch.device, make: Callable[[], dict[str, Call]]
+) -> dict[str, Call]:
+    """What `make` gives, called once; nothing, and why on stderr, where vLLM cannot do it here.
+
+    vLLM has these layers by other names, or not at all, in other versions and on other GPUs: the
+    rest is measured all the same.
+    """
+    try:
+        found = make()
+        for call in found.values():
+            call(random_tokens(shape, 4, 0, device, balanced=True))
+        return found
+    except Exception as error:
+        print(f"left out: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        return {}
+
+
+def humming_layers(shape: Shape, device: torch.device) -> dict[str, Call]:
+    """vLLM's Humming experts at each of `HUMMING_BITS`, where Humming is installed."""
     from vllm.utils.import_utils import has_humming
 
-    return bool(has_humming())
+    found: dict[str, Call] = {}
+    for bits in HUMMING_BITS if has_humming() else ():
+
+        def make(bits: int = bits) -> dict[str, Call]:
+            return {f"humming {bits} bits": humming_layer(shape, bits, device)}
+
+        found |= tried(shape, device, make)
+    return found
 
 
 def humming_layer(shape: Shape, bits: int, device: torch.device) -> Call:
@@ -113,9 +142,16 @@ def humming_layer(shape: Shape, bits: int, device: torch.device) -> Call:
         "weight_scale_group_size": GROUP_SIZE,
     }
     quantization = humming.HummingLayerQuantizationConfig.from_config(schema)
-    method = humming.HummingMoEMethod(quantization, moe_config(shape, device))
+    config = moe_config(shape, device)
+    method = humming.HummingMoEMethod(quantization, config)
     layer: Any = nn.Module()
     layer.activation = MoEActivation.SILU
+    layer.moe_config = config
+    layer.params_dtype = DTYPE
+    layer.layer_name = "experts"
+    layer.hidden_size = shape.d_model
+    layer.intermediate_size_per_partition = shape.d_ff
+    layer.local_num_experts = shape.num_experts
     layer.global_num_experts = shape.num_experts
     layer.expert_map = None
     layer._expert_routing_tables = lambda: None

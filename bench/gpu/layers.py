@@ -71,10 +71,12 @@ def measure(
         for name in shapes:
             shape, candidates = SHAPES[name], layers_of(SHAPES[name], seed, device)
             result["bytes"][name] = {k: c.bytes_ for k, c in candidates.items()}
-            result["errors"][name] = check_all(shape, candidates, CHECKED_TOKENS, seed, device)
+            result["errors"][name] = check_all(
+                shape, candidates, CHECKED_TOKENS, seed, device, balanced=True
+            )
             for count in tokens:
                 # Other numbers of tokens take other tiles.
-                errors = check_all(shape, candidates, [count], seed, device)
+                errors = check_all(shape, candidates, [count], seed, device, balanced=balanced)
                 row = _time(shape, candidates, count, seed, device, balanced=balanced)
                 print(f"{name}, {count} tokens: {row}", flush=True)
                 row_of = {"shape": name, "tokens": count, "errors": errors, "microseconds": row}
@@ -87,10 +89,9 @@ def measure(
 def layers_of(shape: Shape, seed: int, device: torch.device) -> dict[str, Candidate]:
     """Every layer that is timed: vLLM's dense ones, Humming where it is installed, ragged ones."""
     found = _dense(shape, device)
-    for bits in baselines.HUMMING_BITS if baselines.has_humming() else ():
-        weights = 3 * shape.num_experts * shape.d_ff * shape.d_model
-        call = baselines.humming_layer(shape, bits, device)
-        found[f"humming {bits} bits"] = Candidate(call, weights * bits // 8, None)
+    weights = 3 * shape.num_experts * shape.d_ff * shape.d_model
+    for name, call in baselines.humming_layers(shape, device).items():
+        found[name] = Candidate(call, weights * int(name.split()[1]) // 8, None)
     for name, plan in PLANS.items():
         found[name] = ragged_candidate(ragged_layer(shape, plan, seed, device))
     return found
@@ -129,6 +130,8 @@ def check_all(
     counts: Sequence[int],
     seed: int,
     device: torch.device,
+    *,
+    balanced: bool,
 ) -> dict[str, float]:
     """The largest relative error of each layer that has a reference, over numbers of tokens.
 
@@ -140,7 +143,7 @@ def check_all(
             continue
         found = []
         for count in counts:
-            tokens = random_tokens(shape, count, seed + count, device, balanced=True)
+            tokens = random_tokens(shape, count, seed + count, device, balanced=balanced)
             found.append(error_of(candidate, tokens))
         errors[name] = max(found)
         # Not `>`: an error that is NaN is wrong as well.
@@ -150,11 +153,16 @@ def check_all(
 
 
 def error_of(candidate: Candidate, tokens: Tokens) -> float:
-    """`‖out - exact‖ / ‖exact‖`, the reference computing in float32."""
+    """`‖out - exact‖ / ‖exact‖`."""
     assert candidate.exact is not None
-    wanted = reference(tokens.x.float(), tokens.weights, tokens.ids, _wide(candidate.exact))
+    wanted = exact_output(candidate.exact, tokens)
     out = candidate.call(tokens).float()
     return float((out - wanted).norm() / wanted.norm())
+
+
+def exact_output(layer: RaggedLayer, tokens: Tokens) -> torch.Tensor:
+    """What the layer is to compute, `[num_tokens, d_model]` in float32."""
+    return reference(tokens.x.float(), tokens.weights, tokens.ids, _wide(layer))
 
 
 def _wide(layer: RaggedLayer) -> RaggedLayer:

@@ -151,7 +151,7 @@ def test_tokens_go_to_experts_once_each() -> None:
 
 def test_a_layer_that_is_right_passes() -> None:
     candidates = {plan: reference_call(plan) for plan in ("16:1", "3:0.2,2:0.6,1:0.2")}
-    errors = check_all(TINY, candidates, (1, 33), 0, CPU)
+    errors = check_all(TINY, candidates, (1, 33), 0, CPU, balanced=False)
     assert errors.keys() == candidates.keys()
     assert all(0 < error < layers.TOLERANCE for error in errors.values())
 
@@ -161,7 +161,7 @@ def test_a_layer_that_is_wrong_is_not_timed(wrong: object) -> None:
     right = reference_call("16:1")
     broken = Candidate(lambda t: wrong(right.call(t)), right.bytes_, right.exact)
     with pytest.raises(WrongResultError, match="broken: relative error"):
-        check_all(TINY, {"right": right, "broken": broken}, (1,), 0, CPU)
+        check_all(TINY, {"right": right, "broken": broken}, (1,), 0, CPU, balanced=True)
 
 
 def test_every_number_of_tokens_is_checked_before_it_is_timed(
@@ -235,6 +235,16 @@ def test_vllm_s_kernels_take_what_they_are_given() -> None:
     inspect.signature(FusedMoEKernel.apply).bind(None, **dict.fromkeys(given))
 
 
+def test_what_vllm_cannot_do_here_is_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(tokens: Tokens) -> torch.Tensor:
+        raise AttributeError("no such kernel")
+
+    assert baselines.tried(TINY, CPU, lambda: {"humming 2 bits": fails}) == {}
+    assert "left out: AttributeError: no such kernel" in capsys.readouterr().err
+    works = {"vllm": lambda tokens: tokens.x}
+    assert baselines.tried(TINY, CPU, lambda: works) == works
+
+
 def test_both_ways_to_the_energies_agree(tiny: Shape) -> None:
     tier = analysis.full_tier(tiny, 0, CPU)
     assert isinstance(tier, RaggedTier)
@@ -272,7 +282,7 @@ candidates = {
     name: layers.ragged_candidate(random_layers.ragged_layer(TINY, plan, 0, CPU))
     for name, plan in plans.items()
 }
-print(layers.check_all(TINY, candidates, (1, 33), 0, CPU))
+print(layers.check_all(TINY, candidates, (1, 33), 0, CPU, balanced=False))
 """
 
 

@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 import torch
 
+from bench.shapes import SHAPES, Shape, layer_counts
 from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier, dense_rows
 from camera_serve.kernels import ragged_moe as reference
 from camera_serve.kernels.reference import Rows
+from camera_serve.kernels.triton import TritonLayer, TritonTier, layout, pack_layer, ragged_moe
 from camera_serve.kernels.triton import moe as moe_module
-from camera_serve.kernels.triton import pack_layer, ragged_moe
+from camera_serve.kernels.triton import routing as routing_module
 from camera_serve.kernels.triton import tiles as tiles_module
 from camera_serve.kernels.triton.routing import route
 from camera_serve.kernels.triton.tiles import (
@@ -34,6 +36,7 @@ from camera_serve.kernels.triton.tiles import (
 )
 from camera_serve.kernels.triton.tuned import TABLES
 from camera_serve.quantize.packing import pack
+from camera_serve.recipe import TierPlan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = pytest.mark.gpu
@@ -200,6 +203,15 @@ def test_all_tokens_on_one_expert(bits: int) -> None:
 
 
 @here
+@pytest.mark.parametrize("num_tokens", [6, 40])
+def test_an_expert_may_be_named_more_than_once_by_a_token(num_tokens: int) -> None:
+    layer = make_layer([(5,), (37,), (4,), (9,)] * 2, [16], torch.float32)
+    ids = torch.ones(num_tokens, 4, dtype=torch.int32, device=DEVICE)
+    weights = torch.rand(num_tokens, 4, device=DEVICE)
+    check(layer, random_x(num_tokens, 64, torch.float32), weights, ids, small_tiles())
+
+
+@here
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("num_tokens", [1, 4])
 def test_ids_of_experts_held_elsewhere_add_nothing(num_tokens: int, id_dtype: torch.dtype) -> None:
@@ -231,8 +243,17 @@ def test_many_blocks_tiles_and_splits(bits: tuple[int, ...], dtype: torch.dtype)
     counts = [(70, 20)[: len(bits)], (3, 50)[: len(bits)], (0, 0)[: len(bits)]]
     layer, tiles = make_layer(counts, bits, dtype), small_tiles(programs=300)
     packed = pack_layer(deepcopy(layer), dtype)
-    assert split_rows(packed, tiles, active=4, units=2) < packed.most_rows
+    assert split_rows(packed, tiles, active=4, units=2, num_tokens=16) < packed.most_rows
     check(layer, random_x(50, 64, dtype), *route_randomly(50, 3, 2), tiles)
+
+
+@here
+@pytest.mark.parametrize("parts", [2, 4])
+def test_programs_share_the_columns_of_a_span(parts: int) -> None:
+    counts = [(3, 40, 2, 5, 9, 1), (0, 1, 0, 18, 0, 2), (33, 0, 70, 1, 2, 3)]
+    layer = make_layer(counts, (16, 8, 4, 3, 2, 1), torch.float32)
+    tiles = small_tiles(down_parts=parts, programs=100)
+    check(layer, random_x(9, 64, torch.float32), *route_randomly(9, 3, 2), tiles)
 
 
 @here
@@ -438,14 +459,69 @@ def test_every_generation_of_gpus_has_its_table(
 def test_tiers_with_the_same_columns_are_added_up_together() -> None:
     layer = replace(pack_layer(tiny_dense_layer(), torch.float32), d_model=2048, group_size=128)
     tiers = tuple(replace(layer.tiers[0], bits=bits) for bits in (16, 8, 4, 3, 2, 1))
-    assert bundles(replace(layer, tiers=tiers), columns=96) == (
-        (0, 1, 1, 96, 22),
-        (1, 2, 2, 64, 16),
-        (2, 3, 4, 64, 8),
-        (3, 6, 8, 64, 4),
+    assert bundles(replace(layer, tiers=tiers), small_tiles(columns=96, down_parts=4)) == (
+        (0, 1, 1, 96, 22, 1),
+        (1, 2, 2, 64, 32, 2),
+        (2, 3, 4, 64, 32, 4),
+        (3, 6, 8, 64, 16, 4),
     )
 
 
 def tiny_dense_layer() -> RaggedLayer:
     rows = [torch.zeros(4, 64) for _ in range(3)]
     return RaggedLayer((RaggedTier(*rows, offsets=(0, 1, 4)),))
+
+
+class Launches:
+    """Stands for a kernel, and notes what it would be compiled for."""
+
+    def __init__(self, name: str, seen: set[tuple[object, ...]]) -> None:
+        self.name, self.seen = name, seen
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *tensors, **constants: self.seen.add((self.name, *constants.items()))
+
+
+@pytest.mark.parametrize("plan", ["16:0.6,0:0.4", "3:0.2,2:0.6,1:0.2", "16:0.1,4:0.5,2:0.4"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("unit", TABLES)
+def test_powers_of_two_meet_every_kernel_that_any_number_of_tokens_needs(
+    unit: str, shape: Shape, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the plugin compiles them before requests come."""
+    seen: set[tuple[object, ...]] = set()
+    for module, name in [(moe_module, n) for n in ("gate_up", "down", "add_up")] + [
+        (routing_module, "_route")
+    ]:
+        monkeypatch.setattr(module, name, Launches(name, seen))
+    monkeypatch.setattr(tiles_module, "matrix_unit", lambda device: unit)
+    layer = layer_of_counts(shape, TierPlan.parse(plan))
+
+    def run(count: int) -> None:
+        x = torch.empty(count, shape.d_model, dtype=torch.bfloat16, device="meta")
+        ids = torch.empty(count, shape.top_k, dtype=torch.int32, device="meta")
+        ragged_moe(x, ids, ids, layer)
+
+    for power in range(14):
+        run(2**power)
+    before = set(seen)
+    for count in (*range(1, 300), *range(300, 8192, 113)):
+        run(count)
+    assert seen == before
+
+
+def layer_of_counts(shape: Shape, plan: TierPlan) -> TritonLayer:
+    """A layer as wide as the plan leaves it, without weights."""
+    counts = torch.tensor(layer_counts(shape, plan, seed=0).experts).T
+    empty = torch.empty(0, device="meta")
+    columns = (counts + layout.COLUMN_UNIT - 1) // layout.COLUMN_UNIT * layout.COLUMN_UNIT
+    return TritonLayer(
+        tiers=tuple(TritonTier(bits, *[empty] * 6) for bits in plan.bits),
+        offsets=empty,
+        tile_lists=tuple(torch.empty(1000, 2, device="meta") for _ in layout.TILE_ROWS),
+        num_experts=shape.num_experts,
+        d_model=shape.d_model,
+        group_size=128,
+        most_rows=int(counts.max()),
+        width=int(columns.sum(0).max()),
+    )

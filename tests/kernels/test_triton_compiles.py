@@ -38,7 +38,7 @@ UNITS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 TENSOR_MEMORY = 512
 """Columns there are; a kernel that takes more compiles to nothing but a trap."""
 
-FEW_BYTES = 64
+FEW_BYTES = 128
 """Registers that do not fit lie in local memory: a thread may have a handful, not whole tiles."""
 
 Compile = Callable[..., dict[str, CompiledKernel]]

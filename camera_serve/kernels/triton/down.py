@@ -34,6 +34,7 @@ def down(
     BITS: tl.constexpr,
     BUNDLES: tl.constexpr,
     UNITS: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     D_MODEL: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -71,12 +72,17 @@ def down(
             if (rest >= 0) & (rest < pieces * splits):
                 split = rest // pieces
                 share = (slots * len(BUNDLES) + b).to(tl.int64) * splits + split
-                _bundle(
-                    hidden + positions.to(tl.int64)[:, None] * width,
-                    partial + share[:, None] * D_MODEL, inside, offsets, tensors, expert,
-                    split * split_rows, split_rows, rest % pieces, BITS, BUNDLES, b, NUM_EXPERTS,
-                    D_MODEL, GROUP_SIZE, BLOCK, STEP, PTX,
-                )  # fmt: skip
+                for p in tl.static_range(MOST_PARTS):
+                    # Decided before it is compiled, unlike the other one.
+                    if p < BUNDLES[b][5]:  # noqa: SIM102
+                        if rest % BUNDLES[b][5] == p:
+                            _bundle(
+                                hidden + positions.to(tl.int64)[:, None] * width,
+                                partial + share[:, None] * D_MODEL, inside, offsets, tensors,
+                                expert, split * split_rows, split_rows,
+                                rest % pieces // BUNDLES[b][5], BITS, BUNDLES, b, p, NUM_EXPERTS,
+                                D_MODEL, GROUP_SIZE, BLOCK, STEP, PTX,
+                            )  # fmt: skip
             rest -= pieces * splits
 
 
@@ -94,6 +100,7 @@ def _bundle(
     BITS: tl.constexpr,
     BUNDLES: tl.constexpr,
     WHICH: tl.constexpr,
+    PART: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     D_MODEL: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -103,12 +110,14 @@ def _bundle(
 ):
     """Store `[BLOCK, SLICES · LENGTH]`: activations times the rows from `start` on, of all tiers.
 
+    SLICES: those of a span that are this part's, as many as there are registers for their sums.
     All tiers of a bundle are added up in registers: partial sums are what large batches move most
     of beside their tokens.
     """
     FIRST: tl.constexpr = BUNDLES[WHICH][0]
     STOP: tl.constexpr = BUNDLES[WHICH][1]
-    SLICES: tl.constexpr = BUNDLES[WHICH][2]
+    SLICES: tl.constexpr = BUNDLES[WHICH][2] // BUNDLES[WHICH][5]
+    FIRST_SLICE: tl.constexpr = PART * SLICES
     LENGTH: tl.constexpr = BUNDLES[WHICH][3]
     lanes = tl.arange(0, LENGTH if LENGTH > 16 else 16)
     sums = (tl.zeros((lanes.shape[0], BLOCK), tl.float32),) * SLICES
@@ -129,14 +138,14 @@ def _bundle(
                 total = tl.load(ends + NUM_EXPERTS)
                 sums = _packed(
                     sums, activations + column, inside, tensors[t], base, total, start, stop,
-                    piece, BITS[t], LENGTH, D_MODEL, GROUP_SIZE, STEP, PTX,
+                    piece, BITS[t], LENGTH, FIRST_SLICE, SLICES, D_MODEL, GROUP_SIZE, STEP, PTX,
                 )  # fmt: skip
             most = tl.maximum(most, count)
         column += tl.cdiv(count, _COLUMN_UNIT) * _COLUMN_UNIT
     # Not in an `if`: Triton 3.6 cannot carry sums into one on Blackwell.
     wanted = inside & (start < most)
     for j in tl.static_range(SLICES):
-        columns = (piece * SLICES + j) * LENGTH + lanes
+        columns = (piece * BUNDLES[WHICH][2] + FIRST_SLICE + j) * LENGTH + lanes
         existing = (lanes < LENGTH) & (columns < D_MODEL)
         part = tl.trans(sums[j]).to(out.dtype.element_ty)
         tl.store(out + columns[None, :], part, mask=wanted[:, None] & existing[None, :])
@@ -184,15 +193,17 @@ def _packed(
     span,
     BITS: tl.constexpr,
     LENGTH: tl.constexpr,
+    FIRST_SLICE: tl.constexpr,
+    SLICES: tl.constexpr,
     D_MODEL: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     STEP: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Sums of each slice of one span with the products of packed rows added."""
+    """Sums of some slices of one span with the products of packed rows added."""
     DTYPE: tl.constexpr = activations.dtype.element_ty
-    SLICES: tl.constexpr = SLICES_OF[BITS]
-    PER_GRID: tl.constexpr = slices_per_group(GROUP_SIZE, LENGTH, SLICES)
+    ALL_SLICES: tl.constexpr = SLICES_OF[BITS]
+    PER_GRID: tl.constexpr = slices_per_group(GROUP_SIZE, LENGTH, ALL_SLICES)
     matrix = matrices[0] + base * (D_MODEL // 32 * BITS)
     lanes = tl.arange(0, LENGTH if LENGTH > 16 else 16)
     for row in range(start, stop, STEP):
@@ -205,9 +216,10 @@ def _packed(
         added = ()
         for j in tl.static_range(SLICES):
             if j % PER_GRID == 0:
-                at = base + (span * SLICES + j) * LENGTH // GROUP_SIZE * total
+                column = (span * ALL_SLICES + FIRST_SLICE + j) * LENGTH
+                at = base + column // GROUP_SIZE * total
                 grid = tl.load(matrices[1] + at + rows, mask=real, other=0)[None, :]
-            tile = decode(low, high, grid, j, BITS, DTYPE, PTX)
+            tile = decode(low, high, grid, FIRST_SLICE + j, BITS, DTYPE, PTX)
             added += (tl.dot(tile, active, sums[j], input_precision="ieee"),)
         sums = added
     return sums

@@ -40,7 +40,6 @@ def gate_up(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     DIRECT: tl.constexpr,
-    REPEATED: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """One program: ROWS micro-experts of one tier of one expert, for BLOCK slots at a time.
@@ -48,8 +47,7 @@ def gate_up(
     hidden: `[num_slots, width]`, row by position in `order`, tiers side by side, each from a
     multiple of COLUMN_UNIT on and with zeros up to the next. TIERS: bits and slice length of each
     tier. `side_by_side` programs share an expert's slots, or its tiles when DIRECT, where each
-    program has one slot. REPEATED: an expert may have more slots than its
-    programs take at once.
+    program has one slot.
     """
     program = tl.program_id(0) // side_by_side
     part = tl.program_id(0) % side_by_side
@@ -62,18 +60,9 @@ def gate_up(
         expert, tile = tl.load(entry), tl.load(entry + 1)
         first = tl.load(starts + expert) + part * BLOCK
         last = tl.load(starts + expert + 1)
-    if REPEATED:
-        for start in tl.range(first, last, side_by_side * BLOCK, disable_licm=True):
-            # Read again for every block, or what follows from it would fill registers meanwhile.
-            expert, tile = tl.load(entry, volatile=True), tl.load(entry + 1, volatile=True)
-            _tile(
-                x, hidden, routing_weights, order, offsets, tensors, expert, tile, start + lanes,
-                last, width, TIERS, TOP_K, NUM_EXPERTS, D_MODEL, GROUP_SIZE, BLOCK, ROWS, STEP,
-                DIRECT, PTX,
-            )  # fmt: skip
-    elif first < last:
+    for start in tl.range(first, last, side_by_side * BLOCK, disable_licm=True):
         _tile(
-            x, hidden, routing_weights, order, offsets, tensors, expert, tile, first + lanes, last,
+            x, hidden, routing_weights, order, offsets, tensors, expert, tile, start + lanes, last,
             width, TIERS, TOP_K, NUM_EXPERTS, D_MODEL, GROUP_SIZE, BLOCK, ROWS, STEP, DIRECT, PTX,
         )  # fmt: skip
 

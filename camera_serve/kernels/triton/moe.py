@@ -23,6 +23,7 @@ from camera_serve.kernels.triton.tiles import (
 
 _SUM_TILE = 8192
 _MOST_AT_ONCE = 128
+_AT_ONCE_OF_SPLITS = 64
 _LEAST_COLUMNS, _MOST_COLUMNS = 64, 1024
 
 
@@ -35,8 +36,8 @@ def ragged_moe(
 ) -> torch.Tensor:
     """`kernels.ragged_moe` on a packed layer: the same arguments and result, deterministic.
 
-    Launches and shapes depend on shapes alone, so it runs inside CUDA graphs. x: of the dtype that
-    `pack_layer` was given. tiles: instead of the table's.
+    Launches and shapes depend on shapes alone, so it runs inside CUDA graphs. x: on torch's current
+    device, of the dtype that `pack_layer` was given. tiles: instead of the table's.
     """
     num_tokens, top_k = top_k_ids.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -85,10 +86,10 @@ def _gate_up(
         ROWS=tiles.rows,
         STEP=tiles.step,
         DIRECT=slots.direct,
-        REPEATED=not slots.direct and len(ids) > together * tiles.block,
         PTX=_has_ptx(x),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        maxnreg=tiles.registers,
     )
 
 
@@ -100,12 +101,13 @@ def _down(
     layer: TritonLayer,
     tiles: Tiles,
 ) -> None:
-    bundled = bundles(layer, tiles.columns)
-    units = sum(programs for *_, programs in bundled)
+    bundled = bundles(layer, tiles)
+    units = sum(programs for *_, programs, _ in bundled)
     works, together = layer.num_experts, side_by_side(layer, tiles, len(ids), ids.numel())
     if slots.direct:
         works, together = len(hidden), 1
-    rows = split_rows(layer, tiles, min(works, len(hidden)) * together, units)
+    active = min(works, len(hidden)) * together
+    rows = split_rows(layer, tiles, active, units, len(hidden) / active)
     splits = max(1, -(-layer.most_rows // rows))
     partial = hidden.new_empty(len(hidden), len(bundled), splits, layer.d_model)
     down[(works * together * units * splits,)](
@@ -123,6 +125,7 @@ def _down(
         BITS=tuple(tier.bits for tier in layer.tiers),
         BUNDLES=bundled,
         UNITS=units,
+        MOST_PARTS=tiles.down_parts,
         NUM_EXPERTS=layer.num_experts,
         D_MODEL=layer.d_model,
         GROUP_SIZE=layer.group_size,
@@ -132,6 +135,7 @@ def _down(
         PTX=_has_ptx(hidden),
         num_warps=tiles.down_warps,
         num_stages=tiles.down_stages,
+        maxnreg=tiles.down_registers,
     )
     _add_up(partial, out, ids, layer, rows, bundled)
 
@@ -144,10 +148,13 @@ def _add_up(
     rows: int,
     bundled: Bundles,
 ) -> None:
-    """All of a token's shares at once where they fit: one wait for memory, not one for each."""
+    """All of a token's shares at once where they fit: one wait for memory, not one for each.
+
+    Two kernels in all, one where rows are split: neither is met for the first time by a request.
+    """
     _, num_bundles, splits, d_model = partial.shape
-    shares = ids.shape[1] * num_bundles * splits
-    at_once = min(_MOST_AT_ONCE, triton.next_power_of_2(shares))
+    shares = triton.next_power_of_2(ids.shape[1] * num_bundles)
+    at_once = min(_MOST_AT_ONCE, shares) if splits == 1 else _AT_ONCE_OF_SPLITS
     columns = max(_LEAST_COLUMNS, min(_MOST_COLUMNS, _SUM_TILE // at_once))
     add_up[(len(out), -(-d_model // columns))](
         partial,
@@ -157,7 +164,7 @@ def _add_up(
         splits,
         rows,
         NUM_TIERS=len(layer.tiers),
-        BUNDLES=bundled,
+        BUNDLES=tuple((first, stop) for first, stop, *_ in bundled),
         TOP_K=ids.shape[1],
         NUM_EXPERTS=layer.num_experts,
         D_MODEL=d_model,

@@ -49,11 +49,12 @@ def _route(ids, order, starts, num_slots, CHUNK: tl.constexpr):
     """One program for each expert: counts the slots before its own, then places its own."""
     expert = tl.program_id(0)
     lanes = tl.arange(0, CHUNK)
-    before = 0
+    counts = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, num_slots, CHUNK):
         inside = start + lanes < num_slots
         found = tl.load(ids + start + lanes, mask=inside, other=-1)
-        before += tl.sum(((found >= 0) & (found < expert)).to(tl.int32))
+        counts += ((found >= 0) & (found < expert)).to(tl.int32)
+    before = tl.sum(counts)
     place = before
     for start in range(0, num_slots, CHUNK):
         inside = start + lanes < num_slots

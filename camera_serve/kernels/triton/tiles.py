@@ -16,7 +16,10 @@ from camera_serve.kernels.triton.layout import (
 )
 from camera_serve.kernels.triton.tuned import TABLES
 
-Bundles = tuple[tuple[int, int, int, int, int], ...]
+_STEPS_TO_START = 3
+"""Steps that a program could have taken while it waits for its first weights."""
+
+Bundles = tuple[tuple[int, int, int, int, int, int], ...]
 """What `bundles` gives, of numbers alone, as a kernel is compiled for it."""
 
 
@@ -26,9 +29,9 @@ class Tiles:
 
     block: slots of one expert that share a program; rows, step: micro-experts and, in 16-bit tiers,
     columns of x that a gate_up program takes and steps by; columns: of a down program, in 16-bit
-    tiers; down_step: micro-experts it steps by; programs: of the
-    down kernel that fill the GPU: with fewer, experts are split. The rest: warps of a program and
-    loads in flight.
+    tiers; down_parts: programs that share a span's columns in packed ones; down_step: micro-experts
+    they step by; programs: of the down kernel that run at once on the GPU. The rest: warps of a
+    program, loads in flight, and most registers of a thread (255 is all there are).
     """
 
     block: int
@@ -36,10 +39,13 @@ class Tiles:
     step: int
     warps: int
     stages: int
+    registers: int
     columns: int
+    down_parts: int
     down_step: int
     down_warps: int
     down_stages: int
+    down_registers: int
     programs: int
 
 
@@ -126,31 +132,46 @@ def lengths(layer: TritonLayer) -> tuple[int, ...]:
     )
 
 
-def bundles(layer: TritonLayer, columns: int) -> Bundles:
+def bundles(layer: TritonLayer, tiles: Tiles) -> Bundles:
     """Neighbouring tiers whose down programs take the same columns: one program adds them all up.
 
     For each its first tier, the one behind its last, slices and their length, which together are
-    the columns of a program, and programs that cover d_model. columns: of one for a 16-bit tier.
+    the columns of a span, programs that cover d_model, and how many of them share a span.
     """
     shapes = [
-        (slices_of(tier.bits), length) if length else (1, columns)
+        (slices_of(tier.bits), length) if length else (1, tiles.columns)
         for tier, length in zip(layer.tiers, lengths(layer), strict=True)
     ]
     found = []
     first = 0
     for shape, alike in groupby(shapes):
         stop = first + len(list(alike))
-        found.append((first, stop, *shape, -(-layer.d_model // math.prod(shape))))
+        parts = min(tiles.down_parts, shape[0])
+        programs = parts * -(-layer.d_model // math.prod(shape))
+        found.append((first, stop, *shape, programs, parts))
         first = stop
     return tuple(found)
 
 
-def split_rows(layer: TritonLayer, tiles: Tiles, active: int, units: int) -> int:
+def split_rows(layer: TritonLayer, tiles: Tiles, active: int, units: int, num_tokens: float) -> int:
     """Micro-experts of a split, a multiple of the step: all of them where programs are plenty.
 
     active: blocks of slots that will be at work, of all experts; units: programs of one of them
-    without splitting.
+    without splitting; num_tokens: slots of a block, on average.
     """
-    wanted = max(1, tiles.programs // max(1, active * units))
+    least_bits = min(tier.bits for tier in layer.tiers)
+    # A program's sums are written and read again, which takes as long as some steps' weights.
+    sums = min(num_tokens, tiles.block) * 4 * 8 / (tiles.down_step * least_bits)
     steps = -(-layer.most_rows // tiles.down_step)
-    return max(1, -(-steps // wanted)) * tiles.down_step
+    return _steps_of_a_split(steps, active * units, tiles.programs, round(sums)) * tiles.down_step
+
+
+@cache
+def _steps_of_a_split(steps: int, programs: int, at_once: int, steps_of_sums: int) -> int:
+    """What ends first: rounds of programs, each of its steps and of what it costs besides."""
+
+    def duration(splits: int) -> int:
+        rounds = -(-programs * splits // at_once)
+        return rounds * (-(-steps // splits) + _STEPS_TO_START + steps_of_sums)
+
+    return -(-steps // min(range(1, steps + 1), key=duration)) if steps else 1
