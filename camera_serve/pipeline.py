@@ -67,6 +67,7 @@ def estimate(model: str | Path, recipe: Recipe, *, device: str = "auto") -> Esti
     source = resolve(str(model))
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
+    check_fits(checkpoint, recipe)
     if recipe.calibration.source not in HUB_SETS:
         calibration_tokens(recipe.calibration, source)
     return estimate_for(checkpoint, recipe, pick_device(device))
@@ -129,7 +130,7 @@ def _finished(output: Path, wanted: dict[str, str]) -> CompressionReport | None:
         report = CompressionReport.model_validate(read_json(output / REPORT_FILE))
     except ValidationError as error:
         raise OutputError(
-            f"{output} holds a camera_report.json of another kind: choose another output"
+            f"{output} holds a {REPORT_FILE} of another kind: choose another output"
         ) from error
     if changed := differences(report.fingerprint, wanted):
         raise OutputError(
@@ -236,7 +237,11 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
     results = [LayerResult.model_validate(r) for r in run.workspace.results(num_layers)]
     names = [shards.shards[0], *(list(result.names) for result in results)]
     names += shards.shards[num_layers + 1 :]
-    sha256 = {shards.file_name(n): r.sha256 for n, r in enumerate(results, start=1)}
+    # Layers that an older version has finished are without one.
+    sha256 = {
+        shards.file_name(n): result.sha256 or sha256_of(folder / shards.file_name(n))
+        for n, result in enumerate(results, start=1)
+    }
     for file, held in (
         (shards.file_name(n), names[n]) for n in (0, *range(num_layers + 1, len(names)))
     ):

@@ -135,7 +135,7 @@ class ModelStream:
 
     def run(self, layer: int, loaded: StreamedLayer, hidden: torch.Tensor) -> torch.Tensor:
         """The layer's outputs for all samples, `[samples, seq_len, d_model]` on CPU."""
-        out, done = torch.empty_like(hidden), 0
+        out, done = torch.empty(hidden.shape, dtype=self.dtype), 0
         for batch in self.outputs(layer, loaded, hidden):
             out[done : done + len(batch)] = batch
             done += len(batch)

@@ -43,7 +43,7 @@ class LayerVerification:
 class Verification:
     """What was checked and found right.
 
-    `num_checksums` files of weights are what `compress` wrote; 0 where it noted no checksums.
+    `num_checksums` files of weights are those that `compress` wrote; 0 where it noted no checksums.
     `layers` is empty when there was no original to compare, and where tiers are `packed`: codes do
     not tell which micro-expert of the original they stand for.
     """
@@ -77,8 +77,8 @@ def verify(
     With `against`: the config is the original's, every tensor outside the experts is byte-equal to
     it, and every micro-expert kept in 16 bits is exactly one of the original's, none kept twice;
     packed ones are compared by `fidelity.output_errors`. Zeros in a dense checkpoint count as
-    dropped. At last every file is compared with its checksum in camera_report.json. Raises
-    `CheckpointError` naming the first tensor and row at fault, or the file.
+    dropped. At last every file of weights is compared with its checksum in camera_report.json.
+    Raises `CheckpointError` naming the first tensor and row at fault, or the file.
     """
     checkpoint = Checkpoint.open(path)
     original = Checkpoint.open(against) if against else None
@@ -114,11 +114,18 @@ def verify(
 
 
 def _check_files(path: Path) -> int:
-    """Compare every file with its checksum in the report, if there is one; their number."""
+    """Compare files of weights with their checksums in the report, if there are any; how many."""
     report = read_report(path)
     checksums = report.sha256 if report else {}
     for file, wanted in checksums.items():
-        if (found := sha256_of(path / file)) != wanted:
+        try:
+            found = sha256_of(path / file)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path / file} cannot be read ({error.strerror}), and {REPORT_FILE} lists it: "
+                "copy the file again, or compress again"
+            ) from error
+        if found != wanted:
             raise CheckpointError(
                 f"{path / file} is not the file that compress wrote: its SHA-256 is {found}, and "
                 f"{wanted} in {REPORT_FILE}: copy the file again, or compress again"

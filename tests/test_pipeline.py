@@ -1,5 +1,6 @@
 """compress(): Algorithm 2 as a whole, resume after kills, and what is refused."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -270,6 +271,25 @@ def test_resume_does_not_repeat_committed_layers(
     seen: list[Progress] = []
     compress(model, tmp_path / "out", recipe(text), resume=True, on_progress=seen.append)
     assert [p.done for p in seen] == [1, 2]
+
+
+def test_layers_that_an_older_version_finished_get_their_checksums(
+    model: Path, tmp_path: Path, text: Path
+) -> None:
+    def stop_after_one(progress: Progress) -> None:
+        if progress.done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, tmp_path / "out", recipe(text), on_progress=stop_after_one)
+    finished = tmp_path / "out.partial" / ".state" / "layer-00000.json"
+    result = json.loads(finished.read_text())
+    assert result.pop("sha256")
+    finished.write_text(json.dumps(result))
+    report = compress(model, tmp_path / "out", recipe(text), resume=True)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    wanted = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in shards}
+    assert report.sha256 == wanted
 
 
 def test_resuming_another_recipe_is_refused_with_the_difference(

@@ -257,6 +257,17 @@ def test_every_file_is_what_compress_wrote_to_the_byte(mixed: Path, tmp_path: Pa
         verify(out)
 
 
+def test_a_file_that_the_report_lists_and_nobody_has_is_named(mixed: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    report = json.loads((out / REPORT_FILE).read_text())
+    report["sha256"]["model-9.safetensors"] = "0" * 64
+    (out / REPORT_FILE).write_text(json.dumps(report))
+    with pytest.raises(
+        CheckpointError, match=r"model-9\.safetensors cannot be read .*copy the file"
+    ):
+        verify(out)
+
+
 def test_reports_of_older_versions_have_no_checksums(mixed: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(mixed, tmp_path / "out"))
     report = json.loads((out / REPORT_FILE).read_text())

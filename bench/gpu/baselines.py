@@ -37,7 +37,7 @@ def dense_layers(shape: Shape, w13: torch.Tensor, w2: torch.Tensor) -> dict[str,
     def triton(tokens: Tokens) -> torch.Tensor:
         return fused_experts(tokens.x, w13, w2, tokens.weights, tokens.ids)
 
-    chosen = tried(shape, w13.device, lambda: _chosen_backend(shape, w13, w2))
+    chosen = tried("vLLM's choice", shape, w13.device, lambda: _chosen_backend(shape, w13, w2))
     return {"vllm-triton": triton} | chosen
 
 
@@ -100,7 +100,7 @@ def moe_config(shape: Shape, device: torch.device) -> Any:
 
 
 def tried(
-    shape: Shape, device: torch.device, make: Callable[[], dict[str, Call]]
+    name: str, shape: Shape, device: torch.device, make: Callable[[], dict[str, Call]]
 ) -> dict[str, Call]:
     """What `make` gives, called once; nothing, and why on stderr, where vLLM cannot do it here.
 
@@ -111,9 +111,12 @@ def tried(
         found = make()
         for call in found.values():
             call(random_tokens(shape, 4, 0, device, balanced=True))
+        if device.type == "cuda":
+            # What fails on the GPU is known by then only.
+            torch.cuda.synchronize(device)
         return found
     except Exception as error:
-        print(f"left out: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        print(f"left out: {name}: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
         return {}
 
 
@@ -123,11 +126,12 @@ def humming_layers(shape: Shape, device: torch.device) -> dict[str, Call]:
 
     found: dict[str, Call] = {}
     for bits in HUMMING_BITS if has_humming() else ():
+        name = f"humming {bits} bits"
 
-        def make(bits: int = bits) -> dict[str, Call]:
-            return {f"humming {bits} bits": humming_layer(shape, bits, device)}
+        def make(name: str = name, bits: int = bits) -> dict[str, Call]:
+            return {name: humming_layer(shape, bits, device)}
 
-        found |= tried(shape, device, make)
+        found |= tried(name, shape, device, make)
     return found
 
 

@@ -99,7 +99,8 @@ def _report(verification: "Verification") -> str:
     )
     if verification.num_checksums:
         checked += (
-            f"\nOK: {verification.num_checksums} files are, by their SHA-256, those compress wrote"
+            f"\nOK: {verification.num_checksums} files of weights are, by their SHA-256, those "
+            "that compress wrote"
         )
     if verification.against is None:
         return checked

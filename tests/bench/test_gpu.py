@@ -236,13 +236,15 @@ def test_vllm_s_kernels_take_what_they_are_given() -> None:
 
 
 def test_what_vllm_cannot_do_here_is_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
-    def fails(tokens: Tokens) -> torch.Tensor:
+    def fails(*tokens: Tokens) -> Any:
         raise AttributeError("no such kernel")
 
-    assert baselines.tried(TINY, CPU, lambda: {"humming 2 bits": fails}) == {}
-    assert "left out: AttributeError: no such kernel" in capsys.readouterr().err
+    for make in (fails, lambda: {"": fails}):
+        assert baselines.tried("humming 2 bits", TINY, CPU, make) == {}
+        said = "left out: humming 2 bits: AttributeError: no such kernel"
+        assert said in capsys.readouterr().err
     works = {"vllm": lambda tokens: tokens.x}
-    assert baselines.tried(TINY, CPU, lambda: works) == works
+    assert baselines.tried("vllm", TINY, CPU, lambda: works) == works
 
 
 def test_both_ways_to_the_energies_agree(tiny: Shape) -> None:

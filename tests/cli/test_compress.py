@@ -95,6 +95,11 @@ def test_dry_run_prints_the_real_sizes_and_touches_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_downloads_no_text(run: Run, model: Path, tmp_path: Path) -> None:
+    command = ["compress", model, "-o", tmp_path / "out", "--prune", 0.5, "--align", 8]
+    assert run(*command, "--calibration", "c4", "--dry-run").exit_code == 0
+
+
 def test_dry_run_says_when_two_layers_are_in_memory(
     run: Run, model: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

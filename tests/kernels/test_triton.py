@@ -241,9 +241,9 @@ def small_tiles(**changes: int) -> Tiles:
 @pytest.mark.parametrize("bits", [(16,), (3, 1)], ids=str)
 def test_many_blocks_tiles_and_splits(bits: tuple[int, ...], dtype: torch.dtype) -> None:
     counts = [(70, 20)[: len(bits)], (3, 50)[: len(bits)], (0, 0)[: len(bits)]]
-    layer, tiles = make_layer(counts, bits, dtype), small_tiles(programs=300)
+    layer, tiles = make_layer(counts, bits, dtype), small_tiles(programs=3)
     packed = pack_layer(deepcopy(layer), dtype)
-    assert split_rows(packed, tiles, active=4, units=2, num_tokens=16) < packed.most_rows
+    assert split_rows(packed, tiles, 4, 2, 16, torch.device("cpu")) < packed.most_rows
     check(layer, random_x(50, 64, dtype), *route_randomly(50, 3, 2), tiles)
 
 
@@ -252,7 +252,7 @@ def test_many_blocks_tiles_and_splits(bits: tuple[int, ...], dtype: torch.dtype)
 def test_programs_share_the_columns_of_a_span(parts: int) -> None:
     counts = [(3, 40, 2, 5, 9, 1), (0, 1, 0, 18, 0, 2), (33, 0, 70, 1, 2, 3)]
     layer = make_layer(counts, (16, 8, 4, 3, 2, 1), torch.float32)
-    tiles = small_tiles(down_parts=parts, programs=100)
+    tiles = small_tiles(down_parts=parts, programs=1)
     check(layer, random_x(9, 64, torch.float32), *route_randomly(9, 3, 2), tiles)
 
 
@@ -276,6 +276,7 @@ def test_rows_are_split_where_few_tokens_leave_programs_idle(
             return launch
 
     monkeypatch.setattr(moe_module, "down", Noted())
+    monkeypatch.setattr(tiles_module, "_multiprocessors", lambda device: 1)
     ids = torch.zeros(num_tokens, 1, dtype=torch.int32, device=DEVICE)
     weights = torch.ones(num_tokens, 1, device=DEVICE)
     x, tiles = random_x(num_tokens, 64, torch.float32), small_tiles(programs=6)
@@ -454,6 +455,24 @@ def test_every_generation_of_gpus_has_its_table(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert matrix_unit.__wrapped__(torch.device("cuda", 3)) == unit
     assert set(TABLES[unit]) == {"dense", "packed"}
+
+
+@pytest.mark.parametrize(
+    "programs, at_once, steps_of_sums, splits",
+    [
+        # 32 of 132 run at once either way: fewer steps each, until starting takes longer.
+        (32, 396, 2, 12),
+        # Twice as many programs in three rounds, each of half as many steps as before in two.
+        (504, 396, 2, 2),
+        # Rounds are many: what a program costs besides its steps counts most.
+        (4096, 264, 8, 1),
+    ],
+)
+def test_experts_are_split_as_long_as_it_ends_earlier(
+    programs: int, at_once: int, steps_of_sums: int, splits: int
+) -> None:
+    found = tiles_module._steps_of_a_split(24, programs, at_once, steps_of_sums)
+    assert -(-24 // found) == splits
 
 
 def test_tiers_with_the_same_columns_are_added_up_together() -> None:

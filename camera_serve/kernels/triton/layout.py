@@ -10,7 +10,7 @@ from camera_serve.quantize.packing import unpack
 LONGEST_SLICE = 64
 """Rows of the smallest tile that Hopper's matrix units take."""
 
-READ_BYTES = 16
+_READ_BYTES = 16
 """Of one thread's widest read."""
 
 COLUMN_UNIT = 16
@@ -68,8 +68,9 @@ def pack_layer(layer: RaggedLayer, dtype: torch.dtype) -> TritonLayer:
     """Repack a layer once for the Triton kernels, on the device it is on; `layer` is used up.
 
     dtype: what the layer computes in, as x will have. Tensors of 16-bit tiers are shared with
-    `layer`, and packed ones are re-ordered where they lie: only grids are new, and 0.1 GB is
-    taken meanwhile. Raises `ValueError` when a 16-bit tier has another dtype.
+    `layer`, and packed ones are re-ordered where they lie, unless they begin where 16 bytes cannot
+    be read at once: only grids are new, and 0.1 GB is taken meanwhile. Raises `ValueError` when a
+    16-bit tier has another dtype.
     """
     first = layer.tiers[0].gate
     counts = torch.tensor([tier.offsets for tier in layer.tiers]).diff(dim=1)
@@ -133,7 +134,7 @@ def _pack_tier(tier: RaggedTier[Rows], dtype: torch.dtype) -> TritonTier:
         if gate.dtype != dtype:
             raise ValueError(f"a tier is held in {gate.dtype}, and the layer computes in {dtype}")
         empty = torch.empty(0, dtype=torch.int32, device=gate.device)
-        rows = (_aligned(gate, READ_BYTES), _aligned(up, READ_BYTES), _aligned(down, READ_BYTES))
+        rows = (_aligned(gate, _READ_BYTES), _aligned(up, _READ_BYTES), _aligned(down, _READ_BYTES))
         return TritonTier(16, *rows, empty, empty, empty)
     assert isinstance(up, PackedRows) and isinstance(down, PackedRows)
     grids = (_grid(rows, dtype) for rows in (gate, up, down))
@@ -146,7 +147,7 @@ def _aligned(matrix: torch.Tensor, row_unit: int) -> torch.Tensor:
     Tiers that were loaded side by side begin there by themselves in that case; others are copied.
     """
     matrix = matrix.contiguous()
-    if matrix[:1].nbytes % row_unit == 0 and matrix.data_ptr() % READ_BYTES:
+    if matrix[:1].nbytes % row_unit == 0 and matrix.data_ptr() % _READ_BYTES:
         return matrix.clone()
     return matrix
 
@@ -173,7 +174,7 @@ def _interleave(rows: PackedRows) -> torch.Tensor:
         if rows.bits > low_bits:
             high = ((spans >> low_bits) << shifts).sum(2, dtype=torch.int32)
             in_bytes[part, d_model * low_bits // 8 :] = high.to(torch.uint8).flatten(1)
-    return _aligned(rows.words, READ_BYTES * rows.bits)
+    return _aligned(rows.words, _READ_BYTES * rows.bits)
 
 
 def _grid(rows: PackedRows, dtype: torch.dtype) -> torch.Tensor:

@@ -107,7 +107,7 @@ def _down(
     if slots.direct:
         works, together = len(hidden), 1
     active = min(works, len(hidden)) * together
-    rows = split_rows(layer, tiles, active, units, len(hidden) / active)
+    rows = split_rows(layer, tiles, active, units, len(hidden) / active, hidden.device)
     splits = max(1, -(-layer.most_rows // rows))
     partial = hidden.new_empty(len(hidden), len(bundled), splits, layer.d_model)
     down[(works * together * units * splits,)](

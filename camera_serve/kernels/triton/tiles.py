@@ -30,8 +30,8 @@ class Tiles:
     block: slots of one expert that share a program; rows, step: micro-experts and, in 16-bit tiers,
     columns of x that a gate_up program takes and steps by; columns: of a down program, in 16-bit
     tiers; down_parts: programs that share a span's columns in packed ones; down_step: micro-experts
-    they step by; programs: of the down kernel that run at once on the GPU. The rest: warps of a
-    program, loads in flight, and most registers of a thread (255 is all there are).
+    they step by; programs: of the down kernel that run at once on a multiprocessor. The rest: warps
+    of a program, loads in flight, and most registers of a thread (255 is all there are).
     """
 
     block: int
@@ -118,7 +118,7 @@ def most_tiles(layer: TritonLayer, rows: int) -> int:
 def side_by_side(layer: TritonLayer, tiles: Tiles, num_tokens: int, num_slots: int) -> int:
     """Programs that share an expert's slots: enough for twice the mean number, one by one beyond.
 
-    An expert has at most one slot of every token.
+    Usually an expert has at most one slot of a token.
     """
     mean = num_slots / layer.num_experts
     return max(1, min(-(-num_tokens // tiles.block), round(2 * mean / tiles.block)))
@@ -153,17 +153,33 @@ def bundles(layer: TritonLayer, tiles: Tiles) -> Bundles:
     return tuple(found)
 
 
-def split_rows(layer: TritonLayer, tiles: Tiles, active: int, units: int, num_tokens: float) -> int:
+def split_rows(
+    layer: TritonLayer,
+    tiles: Tiles,
+    active: int,
+    units: int,
+    slots_per_block: float,
+    device: torch.device,
+) -> int:
     """Micro-experts of a split, a multiple of the step: all of them where programs are plenty.
 
     active: blocks of slots that will be at work, of all experts; units: programs of one of them
-    without splitting; num_tokens: slots of a block, on average.
+    without splitting; slots_per_block: on average.
     """
-    least_bits = min(tier.bits for tier in layer.tiers)
+    bits = sum(tier.bits for tier in layer.tiers) / len(layer.tiers)
     # A program's sums are written and read again, which takes as long as some steps' weights.
-    sums = min(num_tokens, tiles.block) * 4 * 8 / (tiles.down_step * least_bits)
+    sums = min(slots_per_block, tiles.block) * 4 * 8 / (tiles.down_step * bits)
     steps = -(-layer.most_rows // tiles.down_step)
-    return _steps_of_a_split(steps, active * units, tiles.programs, round(sums)) * tiles.down_step
+    at_once = tiles.programs * _multiprocessors(device)
+    return _steps_of_a_split(steps, active * units, at_once, round(sums)) * tiles.down_step
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Without a GPU, those of an H200."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @cache
@@ -174,4 +190,4 @@ def _steps_of_a_split(steps: int, programs: int, at_once: int, steps_of_sums: in
         rounds = -(-programs * splits // at_once)
         return rounds * (-(-steps // splits) + _STEPS_TO_START + steps_of_sums)
 
-    return -(-steps // min(range(1, steps + 1), key=duration)) if steps else 1
+    return -(-steps // min(range(1, steps + 1), key=duration))

@@ -25,7 +25,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 528,
+                "programs": 4,
             },
             16: {
                 "block": 16,
@@ -40,7 +40,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 528,
+                "programs": 4,
             },
             48: {
                 "block": 32,
@@ -55,7 +55,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 528,
+                "programs": 4,
             },
             96: {
                 "block": 64,
@@ -70,7 +70,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 3,
                 "down_registers": 255,
-                "programs": 264,
+                "programs": 2,
             },
             192: {
                 "block": 128,
@@ -85,7 +85,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 8,
                 "down_stages": 3,
                 "down_registers": 255,
-                "programs": 264,
+                "programs": 2,
             },
         },
         "packed": {
@@ -102,7 +102,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 168,
-                "programs": 396,
+                "programs": 3,
             },
             16: {
                 "block": 16,
@@ -117,7 +117,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 168,
-                "programs": 396,
+                "programs": 3,
             },
             48: {
                 "block": 32,
@@ -132,7 +132,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 3,
                 "down_registers": 255,
-                "programs": 264,
+                "programs": 2,
             },
         },
     },
@@ -151,7 +151,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 528,
+                "programs": 4,
             },
             16: {
                 "block": 16,
@@ -166,7 +166,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 528,
+                "programs": 4,
             },
             48: {
                 "block": 32,
@@ -181,7 +181,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 528,
+                "programs": 4,
             },
             96: {
                 "block": 64,
@@ -196,7 +196,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 264,
+                "programs": 2,
             },
             192: {
                 "block": 128,
@@ -211,7 +211,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 8,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 264,
+                "programs": 2,
             },
         },
         "packed": {
@@ -228,7 +228,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 168,
-                "programs": 396,
+                "programs": 3,
             },
             16: {
                 "block": 16,
@@ -243,7 +243,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 168,
-                "programs": 396,
+                "programs": 3,
             },
             48: {
                 "block": 32,
@@ -258,7 +258,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 3,
                 "down_registers": 255,
-                "programs": 264,
+                "programs": 2,
             },
             96: {
                 "block": 64,
@@ -273,7 +273,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 3,
                 "down_registers": 255,
-                "programs": 264,
+                "programs": 2,
             },
         },
     },
@@ -292,7 +292,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 528,
+                "programs": 4,
             },
             16: {
                 "block": 16,
@@ -307,7 +307,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 528,
+                "programs": 4,
             },
             48: {
                 "block": 32,
@@ -322,7 +322,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 528,
+                "programs": 4,
             },
             96: {
                 "block": 64,
@@ -337,7 +337,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 264,
+                "programs": 2,
             },
             192: {
                 "block": 128,
@@ -352,7 +352,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 8,
                 "down_stages": 4,
                 "down_registers": 255,
-                "programs": 264,
+                "programs": 2,
             },
         },
         "packed": {
@@ -369,7 +369,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 168,
-                "programs": 396,
+                "programs": 3,
             },
             16: {
                 "block": 16,
@@ -384,7 +384,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 4,
                 "down_registers": 168,
-                "programs": 396,
+                "programs": 3,
             },
             48: {
                 "block": 32,
@@ -399,7 +399,7 @@ TABLES: dict[str, dict[str, dict[int, dict[str, int]]]] = {
                 "down_warps": 4,
                 "down_stages": 3,
                 "down_registers": 255,
-                "programs": 264,
+                "programs": 2,
             },
         },
     },
