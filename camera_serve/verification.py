@@ -83,7 +83,11 @@ def verify(
     checkpoint = Checkpoint.open(path)
     original = Checkpoint.open(against) if against else None
     if original:
-        original.require_dense()
+        if original.quantization:
+            raise CheckpointError(
+                f"{against} is compressed itself (plan {original.quantization.recipe.plan}): "
+                f"compare with the model that {path} was made from"
+            )
         _check_same_model(checkpoint, original)
     moe_layers = checkpoint.structure.moe_layers
     report = Reporter(len(moe_layers), torch.device("cpu"), on_progress)
