@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from camera_serve.checkpoint.format import DENSE_TIERS, dense_layout, expert_shapes
-from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.reader import Checkpoint, read_report
 from camera_serve.layout import LayerLayout
 from camera_serve.models.structure import PROJECTIONS
-from camera_serve.report import read_report
 
 
 @dataclass(frozen=True)

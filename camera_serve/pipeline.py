@@ -67,10 +67,10 @@ def estimate(model: str | Path, recipe: Recipe, *, device: str = "auto") -> Esti
     source = resolve(str(model))
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
-    check_fits(checkpoint, recipe)
+    found = estimate_for(checkpoint, recipe, pick_device(device))
     if recipe.calibration.source not in HUB_SETS:
         calibration_tokens(recipe.calibration, source)
-    return estimate_for(checkpoint, recipe, pick_device(device))
+    return found
 
 
 def compress(
@@ -179,12 +179,17 @@ def _compress_layer(
         rest = [name for name in names if name not in run.checkpoint.expert_names]
         tensors = _read(run.checkpoint, rest) | compressed.tensors
         result = _layer_result(run.checkpoint.structure.moe_prefix(layer), tensors, compressed)
-    file = run.workspace.path / run.shards.file_name(layer + 1)
-    write_shard(file, tensors)
-    result = result.model_copy(update={"sha256": sha256_of(file)})
+    result = result.model_copy(update={"sha256": _write(run, layer + 1, tensors)})
     output = run.stream.run(layer, loaded, hidden)
     run.workspace.commit(layer, result.model_dump(mode="json"), output)
     return output
+
+
+def _write(run: _Run, shard: int, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write one shard of the checkpoint; its SHA-256."""
+    file = run.workspace.path / run.shards.file_name(shard)
+    write_shard(file, tensors)
+    return sha256_of(file)
 
 
 def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
@@ -239,17 +244,15 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
     names += shards.shards[num_layers + 1 :]
     # Layers that an older version has finished are without one.
     sha256 = {
-        shards.file_name(n): result.sha256 or sha256_of(folder / shards.file_name(n))
-        for n, result in enumerate(results, start=1)
+        shard: result.sha256 or sha256_of(folder / shards.file_name(shard))
+        for shard, result in enumerate(results, start=1)
     }
-    for file, held in (
-        (shards.file_name(n), names[n]) for n in (0, *range(num_layers + 1, len(names)))
-    ):
-        write_shard(folder / file, _read(checkpoint, held))
-        sha256[file] = sha256_of(folder / file)
+    for shard in (0, *range(num_layers + 1, len(names))):
+        sha256[shard] = _write(run, shard, _read(checkpoint, names[shard]))
     copy_side_files(checkpoint.path, folder)
     files = {shards.file_name(shard): held for shard, held in enumerate(names)}
-    report = _report(run, model, print_, results, dict(sorted(sha256.items())))
+    by_file = {file: sha256[shard] for shard, file in enumerate(files)}
+    report = _report(run, model, print_, results, by_file)
     write_index(folder, files, report.total_bytes_after)
     write_json(folder / REPORT_FILE, report.model_dump(mode="json"))
     write_text(folder / "camera_recipe.yaml", run.recipe.dump())

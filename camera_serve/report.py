@@ -1,13 +1,8 @@
 """What a compression did, as `camera_report.json`: versioned, and without times: it reproduces."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from pydantic import ValidationError
-
-from camera_serve.checkpoint.reader import read_json
-from camera_serve.errors import CheckpointError
-from camera_serve.recipe import Recipe, Settings, describe_errors
+from camera_serve.recipe import Recipe, Settings
 
 REPORT_FILE = "camera_report.json"
 
@@ -57,20 +52,3 @@ class CompressionReport(Settings):
     def saved_of_all(self) -> float:
         """Share of all bytes of the model saved."""
         return 1 - self.total_bytes_after / self.total_bytes_before
-
-
-def read_report(folder: Path) -> CompressionReport | None:
-    """The report in a checkpoint's folder, if there is one.
-
-    Raises `CheckpointError` for a file that is none.
-    """
-    file = folder / REPORT_FILE
-    if not file.exists():
-        return None
-    try:
-        return CompressionReport.model_validate(read_json(file))
-    except ValidationError as error:
-        raise CheckpointError(
-            f"{file} is no report of camera-serve compress: {describe_errors(error)}; remove it, "
-            "or compress the model again"
-        ) from error

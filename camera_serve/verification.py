@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from camera_serve.checkpoint.format import dense_layout
-from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.reader import Checkpoint, read_report
 from camera_serve.checkpoint.writer import serving_config, sha256_of
 from camera_serve.errors import CheckpointError
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.progress import OnProgress, Reporter
-from camera_serve.report import REPORT_FILE, read_report
+from camera_serve.report import REPORT_FILE
 
 ExpertNames = dict[Projection, str]
 

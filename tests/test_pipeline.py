@@ -1,6 +1,5 @@
 """compress(): Algorithm 2 as a whole, resume after kills, and what is refused."""
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -23,7 +22,7 @@ from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CalibrationError, CheckpointError, OutputError
 from camera_serve.progress import Progress
 from tests import pruning, quantized, tiny_models
-from tests.editing import edit_weights
+from tests.editing import digest, edit_weights
 from tests.test_energy import direct_energies
 
 TEXT = Path(__file__).read_text() * 4
@@ -258,13 +257,14 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
     assert interrupted >= attempts // 2
 
 
+def stop_after_one(progress: Progress) -> None:
+    if progress.done == 1:
+        raise KeyboardInterrupt
+
+
 def test_resume_does_not_repeat_committed_layers(
     model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop_after_one(progress: Progress) -> None:
-        if progress.done == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         compress(model, tmp_path / "out", recipe(text), on_progress=stop_after_one)
     assert not (tmp_path / "out").exists()
@@ -276,10 +276,6 @@ def test_resume_does_not_repeat_committed_layers(
 def test_layers_that_an_older_version_finished_get_their_checksums(
     model: Path, tmp_path: Path, text: Path
 ) -> None:
-    def stop_after_one(progress: Progress) -> None:
-        if progress.done == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         compress(model, tmp_path / "out", recipe(text), on_progress=stop_after_one)
     finished = tmp_path / "out.partial" / ".state" / "layer-00000.json"
@@ -287,9 +283,8 @@ def test_layers_that_an_older_version_finished_get_their_checksums(
     assert result.pop("sha256")
     finished.write_text(json.dumps(result))
     report = compress(model, tmp_path / "out", recipe(text), resume=True)
-    shards = sorted((tmp_path / "out").glob("*.safetensors"))
-    wanted = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in shards}
-    assert report.sha256 == wanted
+    files = digest(tmp_path / "out")
+    assert report.sha256 == {n: d for n, d in files.items() if n.endswith(".safetensors")}
 
 
 def test_resuming_another_recipe_is_refused_with_the_difference(
@@ -448,10 +443,6 @@ def test_pruning_and_quantizing_in_one_pass_has_the_bytes_it_was_estimated(
 def test_a_quantizing_run_resumes_to_the_same_bytes(
     model: Path, tmp_path: Path, text: Path
 ) -> None:
-    def stop_after_one(progress: Progress) -> None:
-        if progress.done == 1:
-            raise KeyboardInterrupt
-
     compress(model, tmp_path / "whole", by_plan(text))
     with pytest.raises(KeyboardInterrupt):
         compress(model, tmp_path / "out", by_plan(text), on_progress=stop_after_one)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from camera_serve.errors import first_line
 HUMMING_BITS = (2, 3, 4)
 
 Call = Callable[[Tokens], torch.Tensor]
+Key = TypeVar("Key")
 
 
 @contextmanager
@@ -100,8 +101,8 @@ def moe_config(shape: Shape, device: torch.device) -> Any:
 
 
 def tried(
-    name: str, shape: Shape, device: torch.device, make: Callable[[], dict[str, Call]]
-) -> dict[str, Call]:
+    name: str, shape: Shape, device: torch.device, make: Callable[[], dict[Key, Call]]
+) -> dict[Key, Call]:
     """What `make` gives, called once; nothing, and why on stderr, where vLLM cannot do it here.
 
     vLLM has these layers by other names, or not at all, in other versions and on other GPUs: the
@@ -120,18 +121,17 @@ def tried(
         return {}
 
 
-def humming_layers(shape: Shape, device: torch.device) -> dict[str, Call]:
-    """vLLM's Humming experts at each of `HUMMING_BITS`, where Humming is installed."""
+def humming_layers(shape: Shape, device: torch.device) -> dict[int, Call]:
+    """vLLM's Humming experts by bits, each of `HUMMING_BITS`, where Humming is installed."""
     from vllm.utils.import_utils import has_humming
 
-    found: dict[str, Call] = {}
+    found: dict[int, Call] = {}
     for bits in HUMMING_BITS if has_humming() else ():
-        name = f"humming {bits} bits"
 
-        def make(name: str = name, bits: int = bits) -> dict[str, Call]:
-            return {name: humming_layer(shape, bits, device)}
+        def make(bits: int = bits) -> dict[int, Call]:
+            return {bits: humming_layer(shape, bits, device)}
 
-        found |= tried(name, shape, device, make)
+        found |= tried(f"humming {bits} bits", shape, device, make)
     return found
 
 

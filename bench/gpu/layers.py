@@ -90,8 +90,8 @@ def layers_of(shape: Shape, seed: int, device: torch.device) -> dict[str, Candid
     """Every layer that is timed: vLLM's dense ones, Humming where it is installed, ragged ones."""
     found = _dense(shape, device)
     weights = 3 * shape.num_experts * shape.d_ff * shape.d_model
-    for name, call in baselines.humming_layers(shape, device).items():
-        found[name] = Candidate(call, weights * int(name.split()[1]) // 8, None)
+    for bits, call in baselines.humming_layers(shape, device).items():
+        found[f"humming {bits} bits"] = Candidate(call, weights * bits // 8, None)
     for name, plan in PLANS.items():
         found[name] = ragged_candidate(ragged_layer(shape, plan, seed, device))
     return found

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     StrictDataclassError,
 )
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -28,6 +29,8 @@ from camera_serve.errors import (
 )
 from camera_serve.models import MoeStructure, describe
 from camera_serve.models.deepseek import register_deepseek
+from camera_serve.recipe import describe_errors
+from camera_serve.report import REPORT_FILE, CompressionReport
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -211,6 +214,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, wanted a JSON object")
     return data
+
+
+def read_report(folder: Path) -> CompressionReport | None:
+    """The report in a checkpoint's folder, if there is one.
+
+    Raises `CheckpointError` for a file that is none.
+    """
+    file = folder / REPORT_FILE
+    if not file.exists():
+        return None
+    try:
+        return CompressionReport.model_validate(read_json(file))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{file} is no report of camera-serve compress: {describe_errors(error)}; remove it, "
+            "or compress the model again"
+        ) from error
 
 
 def read_headers(path: Path) -> dict[str, TensorEntry]:

@@ -1,6 +1,6 @@
 """The flags that several commands share, and how they become frozen settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +17,19 @@ SettingsT = TypeVar("SettingsT", bound="Settings")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 SOLVERS = ("gptq", "rtn")
+
+_DECIDED_BY_RECIPE = (
+    *("alpha", "calibration", "samples", "seq_len", "seed", "dtype"),
+    *("align", "group_size", "solver"),
+)
+_BESIDE_RECIPE = (
+    "is decided by the file of --recipe: change it there, or give the settings as flags without "
+    "--recipe."
+)
+_NOTHING_PACKED = (
+    "is for tiers below 16 bits, and this plan has none: drop it, or quantize with --bits or "
+    "--plan."
+)
 
 CALIBRATION_FLAGS = (
     click.option(
@@ -106,19 +119,15 @@ def recipe_from(ctx: click.Context) -> "Recipe":
         raise click.UsageError(
             f"Give exactly one of --prune, --bits, --plan and --recipe; found {found}."
         )
-    if given != ["bits"] and _was_given(ctx, "tier_ratio"):
-        raise click.UsageError("--tier-ratio goes with --bits only.")
+    if given != ["bits"]:
+        _refuse(ctx, ["tier_ratio"], "goes with --bits only.")
     if given == ["recipe"]:
-        _refuse_flags_beside_recipe(ctx)
+        _refuse(ctx, _DECIDED_BY_RECIPE, _BESIDE_RECIPE)
         return Recipe.load(flags["recipe"])
     own = {name: flags[name] for name in ("align", "group_size", "solver")}
     plan = _plan(flags)
-    for name in () if plan.quantized else ("group_size", "solver"):
-        if _was_given(ctx, name):
-            raise click.UsageError(
-                f"{_flag(name)} is for tiers below 16 bits, and this plan has none: drop it, or "
-                "quantize with --bits or --plan."
-            )
+    if not plan.quantized:
+        _refuse(ctx, ["group_size", "solver"], _NOTHING_PACKED)
     return validated(Recipe, calibration_values(flags) | {"plan": plan} | own)
 
 
@@ -137,19 +146,11 @@ def _plan(flags: dict[str, Any]) -> "TierPlan":
         raise click.BadParameter(str(error), param_hint=_flag(given)) from error
 
 
-def _was_given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-
-
-def _refuse_flags_beside_recipe(ctx: click.Context) -> None:
-    calibration = ("alpha", "calibration", "samples", "seq_len", "seed", "dtype")
-    decided = (*calibration, "align", "group_size", "solver")
-    for name in decided:
-        if _was_given(ctx, name):
-            raise click.UsageError(
-                f"{_flag(name)} is decided by the file of --recipe: change it there, or give the "
-                "settings as flags without --recipe."
-            )
+def _refuse(ctx: click.Context, names: Iterable[str], why: str) -> None:
+    """Raise `UsageError` for the first of these settings that was given."""
+    for name in names:
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(f"{_flag(name)} {why}")
 
 
 def _by_flag(error: "ValidationError") -> str:

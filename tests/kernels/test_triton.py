@@ -533,7 +533,6 @@ def layer_of_counts(shape: Shape, plan: TierPlan) -> TritonLayer:
     """A layer as wide as the plan leaves it, without weights."""
     counts = torch.tensor(layer_counts(shape, plan, seed=0).experts).T
     empty = torch.empty(0, device="meta")
-    columns = (counts + layout.COLUMN_UNIT - 1) // layout.COLUMN_UNIT * layout.COLUMN_UNIT
     return TritonLayer(
         tiers=tuple(TritonTier(bits, *[empty] * 6) for bits in plan.bits),
         offsets=empty,
@@ -542,5 +541,5 @@ def layer_of_counts(shape: Shape, plan: TierPlan) -> TritonLayer:
         d_model=shape.d_model,
         group_size=128,
         most_rows=int(counts.max()),
-        width=int(columns.sum(0).max()),
+        width=layout.width_of(counts),
     )

@@ -241,19 +241,22 @@ def add_up(
     offsets,
     splits,
     split_rows,
-    NUM_TIERS: tl.constexpr,
-    BUNDLES: tl.constexpr,
+    NUM_BUNDLES: tl.constexpr,
+    BUNDLE_OF: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     D_MODEL: tl.constexpr,
     COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """One program: COLUMNS of one token's output, its partial sums added in float32, in order."""
+    """One program: COLUMNS of one token's output, its partial sums added in float32, in order.
+
+    BUNDLE_OF: the bundle of each tier.
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     existing = (columns < D_MODEL)[None, :]
-    parts = len(BUNDLES) * splits
+    parts = NUM_BUNDLES * splits
     shares = TOP_K * parts
     total = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, shares, AT_ONCE):
@@ -262,13 +265,11 @@ def add_up(
         expert = tl.load(ids + token * TOP_K + slot, mask=share < shares, other=-1)
         known = (expert >= 0) & (expert < NUM_EXPERTS)
         count = tl.zeros((AT_ONCE,), tl.int64)
-        for b in tl.static_range(len(BUNDLES)):
-            theirs = known & (rest // splits == b)
-            for t in tl.static_range(NUM_TIERS):
-                if t >= BUNDLES[b][0] and t < BUNDLES[b][1]:
-                    ends = offsets + t * (NUM_EXPERTS + 1) + tl.where(known, expert, 0)
-                    stop = tl.load(ends + 1, mask=theirs, other=0)
-                    count = tl.maximum(count, stop - tl.load(ends, mask=theirs, other=0))
+        for t in tl.static_range(len(BUNDLE_OF)):
+            summed = known & (rest // splits == BUNDLE_OF[t])
+            ends = offsets + t * (NUM_EXPERTS + 1) + tl.where(known, expert, 0)
+            stop = tl.load(ends + 1, mask=summed, other=0)
+            count = tl.maximum(count, stop - tl.load(ends, mask=summed, other=0))
         written = (count > rest % splits * split_rows)[:, None] & existing
         at = (token * shares + share)[:, None] * D_MODEL + columns[None, :]
         total += tl.sum(tl.load(partial + at, mask=written, other=0.0).to(tl.float32), axis=0)

@@ -74,7 +74,6 @@ def pack_layer(layer: RaggedLayer, dtype: torch.dtype) -> TritonLayer:
     """
     first = layer.tiers[0].gate
     counts = torch.tensor([tier.offsets for tier in layer.tiers]).diff(dim=1)
-    columns = (counts + COLUMN_UNIT - 1) // COLUMN_UNIT * COLUMN_UNIT
     device = first.words.device if isinstance(first, PackedRows) else first.device
     offsets = torch.tensor([tier.offsets for tier in layer.tiers], dtype=torch.int64, device=device)
     return TritonLayer(
@@ -85,8 +84,14 @@ def pack_layer(layer: RaggedLayer, dtype: torch.dtype) -> TritonLayer:
         d_model=_d_model(first),
         group_size=_group_size(layer),
         most_rows=int(counts.max()),
-        width=max(COLUMN_UNIT, int(columns.sum(0).max())),
+        width=width_of(counts),
     )
+
+
+def width_of(counts: torch.Tensor) -> int:
+    """A layer's `width`. counts: micro-experts `[num_tiers, num_experts]`."""
+    columns = (counts + COLUMN_UNIT - 1) // COLUMN_UNIT * COLUMN_UNIT
+    return max(COLUMN_UNIT, int(columns.sum(0).max()))
 
 
 def _tile_list(counts: torch.Tensor, rows: int) -> torch.Tensor:

@@ -163,8 +163,10 @@ def _add_up(
         layer.offsets,
         splits,
         rows,
-        NUM_TIERS=len(layer.tiers),
-        BUNDLES=tuple((first, stop) for first, stop, *_ in bundled),
+        NUM_BUNDLES=num_bundles,
+        BUNDLE_OF=tuple(
+            b for b, (first, stop, *_) in enumerate(bundled) for _ in range(first, stop)
+        ),
         TOP_K=ids.shape[1],
         NUM_EXPERTS=layer.num_experts,
         D_MODEL=d_model,
