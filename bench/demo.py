@@ -17,11 +17,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench import reference
-from bench.perplexity import likelihood, load_model, windows_of
 from camera_serve.benchmark.process import termination_as_exit
 from camera_serve.benchmark.server import served
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CameraError
+from camera_serve.evaluation.perplexity import likelihood, load_model, windows_of
 
 COMPLETIONS = (
     'def read_json(path):\n    """Return the parsed content of a JSON file."""\n',

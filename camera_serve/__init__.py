@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from camera_serve.analysis import AnalysisReport, AnalysisSettings, analyze
-    from camera_serve.pipeline import compress, estimate
+    from camera_serve.checkpoint.report import CompressionReport
+    from camera_serve.compression.pipeline import compress, estimate
+    from camera_serve.compression.sizing import Estimate
     from camera_serve.progress import Progress
+    from camera_serve.ranking.analysis import AnalysisReport, AnalysisSettings, analyze
     from camera_serve.recipe import Calibration, Recipe, TierPlan
-    from camera_serve.report import CompressionReport
-    from camera_serve.sizing import Estimate
 
 __all__ = [
     "AnalysisReport",
@@ -26,17 +26,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AnalysisReport": "analysis",
-    "AnalysisSettings": "analysis",
+    "AnalysisReport": "ranking.analysis",
+    "AnalysisSettings": "ranking.analysis",
     "Calibration": "recipe",
-    "CompressionReport": "report",
-    "Estimate": "sizing",
+    "CompressionReport": "checkpoint.report",
+    "Estimate": "compression.sizing",
     "Progress": "progress",
     "Recipe": "recipe",
     "TierPlan": "recipe",
-    "analyze": "analysis",
-    "compress": "pipeline",
-    "estimate": "pipeline",
+    "analyze": "ranking.analysis",
+    "compress": "compression.pipeline",
+    "estimate": "compression.pipeline",
 }
 
 

@@ -21,8 +21,8 @@ from camera_serve.checkpoint.writer import (
     write_shard,
 )
 from camera_serve.errors import CheckpointError, OutputError
-from camera_serve.kernels import RaggedLayer, dense_rows
 from camera_serve.models.structure import PROJECTIONS, Projection
+from camera_serve.ragged.layer import RaggedLayer, dense_rows
 
 
 def convert_to_dense(source: Path, output: Path) -> None:

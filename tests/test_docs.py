@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench import quality, quantization, stored
-from bench.kernel_report import KernelReport, markdown
+from bench import stored
+from bench.quality import pruning, quantization
+from bench.speed.kernel_report import KernelReport, markdown
 from camera_serve.benchmark.report import BenchReport
 from camera_serve.benchmark.settings import Load
 from camera_serve.cli import main
@@ -87,7 +88,7 @@ def test_python_examples_run(names: dict[str, str]) -> None:
 
 def test_tables_hold_the_stored_figures() -> None:
     tables = {
-        "quality": quality.render(stored.stored(quality.RESULTS, quality.RESULT_VERSION)),
+        "quality": pruning.render(stored.stored(pruning.RESULTS, pruning.RESULT_VERSION)),
         "kernels": markdown(KernelReport.read(ROOT / "bench" / "results" / "kernels-cpu.json")),
         "quantization": quantization.render(
             stored.stored(quantization.RESULTS, quantization.RESULT_VERSION)

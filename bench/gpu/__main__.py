@@ -21,7 +21,7 @@ import torch
 
 from bench import reference
 from bench.gpu import analysis, layers, serve
-from bench.shapes import SHAPES
+from bench.shapes.published import SHAPES
 from camera_serve.benchmark.environment import Environment
 from camera_serve.checkpoint.writer import write_json
 from camera_serve.errors import CameraError

@@ -10,11 +10,11 @@ from torch.nn import functional
 
 from bench.gpu.random_layers import DTYPE, Tokens, ragged_layer, random_tokens
 from bench.gpu.timing import median_seconds
-from bench.shapes import SHAPES, Shape
-from camera_serve.energy import RoutedExpertsMeter, SharedExpertMeter
-from camera_serve.kernels import RaggedTier, dense_rows
+from bench.shapes.published import SHAPES, Shape
+from camera_serve.calibration.streaming import TOKENS_PER_BATCH
+from camera_serve.ragged.layer import RaggedTier, dense_rows
+from camera_serve.ranking.energy import RoutedExpertsMeter, SharedExpertMeter
 from camera_serve.recipe import TierPlan
-from camera_serve.streaming import TOKENS_PER_BATCH
 
 SHAPE = "qwen2-57b-a14b"
 WINDOWS, WINDOW = 128, 2048

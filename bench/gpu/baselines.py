@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.gpu.random_layers import DTYPE, GROUP_SIZE, Tokens, random_tokens
-from bench.shapes import Shape
+from bench.shapes.published import Shape
 from camera_serve.errors import first_line
 
 HUMMING_BITS = (2, 3, 4)

@@ -17,11 +17,10 @@ from bench.gpu.random_layers import (
     weight_bytes,
 )
 from bench.gpu.timing import Run, ceilings, compare
-from bench.shapes import SHAPES, Shape
-from camera_serve.kernels import RaggedLayer, RaggedTier
-from camera_serve.kernels import ragged_moe as reference
-from camera_serve.kernels.reference import Rows
+from bench.shapes.published import SHAPES, Shape
 from camera_serve.kernels.triton import pack_layer, ragged_moe
+from camera_serve.ragged.layer import RaggedLayer, RaggedTier, Rows
+from camera_serve.ragged.layer import ragged_moe as reference
 from camera_serve.recipe import TierPlan
 
 PLANS = {

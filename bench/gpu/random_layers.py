@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.shapes import Shape, layer_counts, layer_energies
-from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier
-from camera_serve.kernels.reference import Rows
-from camera_serve.quantize.packing import words_per_row
+from bench.shapes.published import Shape, layer_counts, layer_energies
+from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier, Rows
+from camera_serve.ragged.packing import words_per_row
 from camera_serve.recipe import TierPlan
 
 GROUP_SIZE = 128

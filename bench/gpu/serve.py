@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import reference
-from bench.random_model import _describe
-from bench.shapes import SHAPES
+from bench.shapes.published import SHAPES
+from bench.shapes.random_model import _describe
 from camera_serve.benchmark.commands import bench_throughput
 from camera_serve.benchmark.settings import BenchSettings
 from camera_serve.checkpoint.format import MARKER, MARKER_FILE

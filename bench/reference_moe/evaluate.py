@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from bench.perplexity import likelihood, load_model, windows_of
+from camera_serve.evaluation.perplexity import likelihood, load_model, windows_of
 
 HERE = Path(__file__).parent
 TEXTS = {name: HERE / f"heldout_{name}.txt" for name in ("code", "prose")}

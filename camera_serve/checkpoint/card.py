@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from camera_serve.report import CompressionReport
+from camera_serve.checkpoint.report import CompressionReport
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 

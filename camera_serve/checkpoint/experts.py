@@ -11,11 +11,9 @@ import torch
 
 from camera_serve.checkpoint.format import Tiers, dense_layout
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier
-from camera_serve.kernels.reference import Rows
 from camera_serve.models.structure import PROJECTIONS, Projection
-from camera_serve.quantize.experts import QuantizedRows
-from camera_serve.quantize.packing import pack, words_per_row
+from camera_serve.ragged.layer import PackedRows, QuantizedRows, RaggedLayer, RaggedTier, Rows
+from camera_serve.ragged.packing import pack, words_per_row
 
 
 def packed_tensors(

@@ -13,10 +13,10 @@ from pydantic import Field, ValidationError, model_validator
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from camera_serve.errors import CheckpointError
-from camera_serve.layout import LayerLayout
 from camera_serve.models import MoeStructure
 from camera_serve.models.structure import PROJECTIONS, Projection
-from camera_serve.quantize.packing import CODES_PER_UNIT, words_per_row
+from camera_serve.ragged.layout import LayerLayout
+from camera_serve.ragged.packing import CODES_PER_UNIT, words_per_row
 from camera_serve.recipe import SERVED_BITS, Recipe, Settings, describe_errors
 
 FORMAT: Literal[1] = 1

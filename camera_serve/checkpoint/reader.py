@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from camera_serve.checkpoint.format import CameraQuantizationConfig, Shapes, checkpoint_shapes
+from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport
 from camera_serve.errors import (
     CheckpointError,
     DamagedWeightsError,
@@ -30,7 +31,6 @@ from camera_serve.errors import (
 from camera_serve.models import MoeStructure, describe
 from camera_serve.models.deepseek import register_deepseek
 from camera_serve.recipe import describe_errors
-from camera_serve.report import REPORT_FILE, CompressionReport
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {

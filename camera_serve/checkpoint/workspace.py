@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 
 from camera_serve.checkpoint.reader import read_json
+from camera_serve.checkpoint.report import REPORT_FILE
 from camera_serve.checkpoint.writer import publish, write_json, write_shard
 from camera_serve.errors import OutputError
-from camera_serve.report import REPORT_FILE
 
 Fingerprint = Mapping[str, str]
 """What decides the bytes of the output, each part by name: a run resumes only its own."""

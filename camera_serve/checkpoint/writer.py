@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from camera_serve.checkpoint.format import MARKER_FILE, CameraQuantizationConfig
 from camera_serve.checkpoint.reader import INDEX, Checkpoint
+from camera_serve.checkpoint.report import REPORT_FILE
 from camera_serve.errors import OutputError
-from camera_serve.report import REPORT_FILE
 
 SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Tokenizer, chat template and generation settings; never code, never pickles."""

@@ -17,7 +17,7 @@ from camera_serve.cli.options import (
 from camera_serve.cli.progress import shown_progress
 
 if TYPE_CHECKING:
-    from camera_serve.analysis import AnalysisReport, LayerSummary
+    from camera_serve.ranking.analysis import AnalysisReport, LayerSummary
 
 
 @click.command(short_help="Rank a model's micro-experts by energy.")

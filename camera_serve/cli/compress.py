@@ -17,9 +17,9 @@ from camera_serve.cli.options import (
 from camera_serve.cli.progress import shown_progress
 
 if TYPE_CHECKING:
+    from camera_serve.checkpoint.report import CompressionReport
+    from camera_serve.compression.sizing import Estimate
     from camera_serve.recipe import Recipe
-    from camera_serve.report import CompressionReport
-    from camera_serve.sizing import Estimate
 
 
 @click.command(short_help="Compress a MoE model into a checkpoint that `vllm serve` loads.")

@@ -9,7 +9,7 @@ from camera_serve.cli.formatting import human_bytes, percent, table
 from camera_serve.cli.options import json_option
 
 if TYPE_CHECKING:
-    from camera_serve.inspection import Inspection, LayerInspection
+    from camera_serve.evaluation.inspection import Inspection, LayerInspection
 
 LEAST_SEEN = 3
 HEADER = ("layer", "d_ff min", "median", "max", "empty", "shared", "removed", "bits", "bytes")
@@ -24,7 +24,7 @@ def inspect(model: str, as_json: bool) -> None:
     OUT may be compressed or still dense.
     """
     from camera_serve.checkpoint.reader import resolve
-    from camera_serve.inspection import inspect as inspect_checkpoint
+    from camera_serve.evaluation.inspection import inspect as inspect_checkpoint
 
     inspection = inspect_checkpoint(resolve(model))
     if as_json:

@@ -13,8 +13,8 @@ from camera_serve.cli.progress import shown_progress
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from camera_serve.evaluation.verification import LayerVerification, Verification
     from camera_serve.recipe import Calibration
-    from camera_serve.verification import LayerVerification, Verification
 
 WRONG = 2.0
 """Relative output error that no compression makes: a layer without experts is off by 1."""
@@ -48,8 +48,8 @@ def verify(
     With --json, every dropped micro-expert is listed by its original index.
     """
     from camera_serve.checkpoint.reader import resolve
+    from camera_serve.evaluation.verification import verify as verify_checkpoint
     from camera_serve.recipe import Calibration
-    from camera_serve.verification import verify as verify_checkpoint
 
     if calibration and not against:
         raise click.UsageError("--calibration compares with the original: give --against MODEL.")
@@ -85,7 +85,7 @@ def _output_errors(model: "Path", original: "Path", text: "Calibration") -> dict
     import torch
 
     from camera_serve.checkpoint.reader import Checkpoint
-    from camera_serve.fidelity import output_errors
+    from camera_serve.evaluation.fidelity import output_errors
 
     pair = (Checkpoint.open(original), Checkpoint.open(model))
     with shown_progress() as on_progress:

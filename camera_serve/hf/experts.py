@@ -5,9 +5,15 @@ from torch import nn
 
 from camera_serve.checkpoint.experts import read_experts, read_shared_experts
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier, micro_experts, ragged_moe
-from camera_serve.kernels.reference import Rows
 from camera_serve.models import MoeStructure
+from camera_serve.ragged.layer import (
+    PackedRows,
+    RaggedLayer,
+    RaggedTier,
+    Rows,
+    micro_experts,
+    ragged_moe,
+)
 
 
 class RowsModule(nn.Module):

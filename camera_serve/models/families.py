@@ -1,7 +1,7 @@
 """The names and settings of each MoE family, as they stand in its published checkpoints.
 
 A family is data. Routing is never reimplemented here: transformers runs the router, and the
-experts see its choices (see `camera_serve.streaming`).
+experts see its choices (see `camera_serve.calibration.streaming`).
 """
 
 from collections.abc import Callable

@@ -8,7 +8,7 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from camera_serve.kernels import RaggedLayer
+from camera_serve.ragged.layer import RaggedLayer
 from camera_serve.vllm_plugin import cpu_moe, torch_moe
 from camera_serve.vllm_plugin.experts import Experts
 

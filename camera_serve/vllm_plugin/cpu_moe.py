@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from camera_serve.kernels import RaggedLayer, cpu
+from camera_serve.kernels import cpu
+from camera_serve.ragged.layer import RaggedLayer
 from camera_serve.vllm_plugin.experts import Experts, hold, like_x
 
 

@@ -19,11 +19,10 @@ from camera_serve.checkpoint.format import (
 )
 from camera_serve.checkpoint.reader import Checkpoint, check_shapes
 from camera_serve.errors import CheckpointError
-from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier
-from camera_serve.kernels.reference import Rows
 from camera_serve.models import MoeStructure, Projection
 from camera_serve.models.structure import PROJECTIONS
-from camera_serve.quantize.packing import words_per_row
+from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier, Rows
+from camera_serve.ragged.packing import words_per_row
 
 DUMMY_SCALE = 2.0**-8
 

@@ -12,8 +12,8 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 
 from camera_serve.checkpoint.format import PARTS, Part, Tiers
 from camera_serve.errors import ServingError
-from camera_serve.kernels import RaggedLayer
 from camera_serve.models import Projection
+from camera_serve.ragged.layer import RaggedLayer
 from camera_serve.vllm_plugin import choice
 from camera_serve.vllm_plugin.compat import MoEMethodBase, weights_are_read
 from camera_serve.vllm_plugin.experts import Experts, expect, release

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier, ragged_moe
-from camera_serve.kernels.reference import Rows
+from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier, Rows, ragged_moe
 from camera_serve.vllm_plugin.experts import Experts, hold, like_x
 
 

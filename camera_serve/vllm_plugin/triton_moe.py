@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from camera_serve.kernels import RaggedLayer
 from camera_serve.kernels.triton import TritonLayer, TritonTier, pack_layer, ragged_moe
+from camera_serve.ragged.layer import RaggedLayer
 from camera_serve.vllm_plugin.experts import Experts, hold, like_x
 
 _PARTS = ("gate", "up", "down", "gate_grid", "up_grid", "down_grid")

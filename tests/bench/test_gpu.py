@@ -17,11 +17,11 @@ from bench.gpu import analysis, baselines, layers, serve
 from bench.gpu.__main__ import keep, main, parse_options
 from bench.gpu.layers import Candidate, WrongResultError, as_ragged, check_all, num_sets
 from bench.gpu.random_layers import Tokens, ragged_layer, random_tokens, weight_bytes
-from bench.shapes import SHAPES, Shape
-from bench.tune_triton import write_tables
+from bench.gpu.tune_triton import write_tables
+from bench.shapes.published import SHAPES, Shape
 from camera_serve.benchmark.report import ThroughputRun
-from camera_serve.kernels import RaggedTier, dense_rows, ragged_moe
 from camera_serve.kernels.triton import tuned
+from camera_serve.ragged.layer import RaggedTier, dense_rows, ragged_moe
 from camera_serve.recipe import TierPlan
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from camera_serve.checkpoint.format import (
 )
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CheckpointError
-from camera_serve.layout import LayerLayout
+from camera_serve.ragged.layout import LayerLayout
 from tests import pruning, quantized, tiny_models
 
 

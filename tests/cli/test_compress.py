@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from camera_serve import sizing
+from camera_serve.compression import sizing
 from camera_serve.recipe import Recipe
 from tests import tiny_models
 from tests.cli.conftest import Run

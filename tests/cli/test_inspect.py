@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from camera_serve.cli.inspect import _layer_table
-from camera_serve.inspection import Inspection, LayerInspection
+from camera_serve.evaluation.inspection import Inspection, LayerInspection
 from tests import pruning
 from tests.cli.conftest import Run
 

@@ -6,8 +6,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from camera_serve.cli import main
-from camera_serve.quantize import cost
-from camera_serve.quantize.cost import SolveSize
+from camera_serve.compression.quantize import cost
+from camera_serve.compression.quantize.cost import SolveSize
 from tests import quantized, tiny_models
 
 

@@ -2,13 +2,13 @@ import json
 
 import pytest
 import torch
+from camera_serve.converters.dense import convert_to_dense
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import camera_serve.hf  # noqa: F401
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CheckpointError, OutputError
-from converters.dense import convert_to_dense
 from tests import pruning, quantized, tiny_models
 
 # The ragged and the padded layer sum the same float32 terms in another order; logits have a

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from camera_serve.errors import KernelError
-from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier
-from camera_serve.kernels import ragged_moe as reference
 from camera_serve.kernels.cpu import isa, pack_layer, ragged_moe, use_isa
-from camera_serve.kernels.reference import Rows
-from camera_serve.quantize.packing import pack, unpack
+from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier, Rows
+from camera_serve.ragged.layer import ragged_moe as reference
+from camera_serve.ragged.packing import pack, unpack
 
 BFLOAT16 = torch.bfloat16
 # Two roundings to bf16, each by at most 2^-9 of a value: the output's, and the activations'. Codes

@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import os, sys, torch
-from camera_serve.kernels import RaggedLayer, RaggedTier
+from camera_serve.ragged.layer import RaggedLayer, RaggedTier
 from camera_serve.kernels.cpu import pack_layer, ragged_moe
 torch.set_num_threads(int(sys.argv[1]))
 before = len(os.listdir("/proc/self/task"))

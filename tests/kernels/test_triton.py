@@ -17,10 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.shapes import SHAPES, Shape, layer_counts
-from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier, dense_rows
-from camera_serve.kernels import ragged_moe as reference
-from camera_serve.kernels.reference import Rows
+from bench.shapes.published import SHAPES, Shape, layer_counts
 from camera_serve.kernels.triton import TritonLayer, TritonTier, layout, pack_layer, ragged_moe
 from camera_serve.kernels.triton import moe as moe_module
 from camera_serve.kernels.triton import routing as routing_module
@@ -35,7 +32,9 @@ from camera_serve.kernels.triton.tiles import (
     split_rows,
 )
 from camera_serve.kernels.triton.tuned import TABLES
-from camera_serve.quantize.packing import pack
+from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier, Rows, dense_rows
+from camera_serve.ragged.layer import ragged_moe as reference
+from camera_serve.ragged.packing import pack
 from camera_serve.recipe import TierPlan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -19,10 +19,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier
 from camera_serve.kernels.triton import moe, pack_layer
 from camera_serve.kernels.triton.tiles import Tiles
 from camera_serve.kernels.triton.tuned import TABLES
+from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier
 
 D_MODEL, NUM_EXPERTS, ROWS = 2048, 8, 64
 NEWEST = Path(sys.prefix) / "triton-newest"

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from camera_serve.kernels import PackedRows, RaggedLayer, RaggedTier
 from camera_serve.kernels.triton import TritonTier, layout, pack_layer
 from camera_serve.kernels.triton.layout import slice_length, slices_of
 from camera_serve.kernels.triton.ptx import decode_constraints, decode_source
-from camera_serve.quantize.packing import pack
+from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier
+from camera_serve.ragged.packing import pack
 
 KINDS = {"bf16": torch.bfloat16, "f16": torch.float16}
 

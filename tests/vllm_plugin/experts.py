@@ -11,7 +11,7 @@ from torch.nn import functional
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from camera_serve.checkpoint.format import DENSE_TIERS, Tiers
-from camera_serve.quantize.packing import pack
+from camera_serve.ragged.packing import pack
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
 
 SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}

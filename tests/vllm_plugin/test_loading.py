@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from camera_serve.checkpoint.experts import tier_rows
 from camera_serve.checkpoint.format import DENSE_TIERS, Part, Tiers, part_shapes
 from camera_serve.errors import CheckpointError
-from camera_serve.kernels import dense_rows
 from camera_serve.models import Projection
 from camera_serve.models.structure import PROJECTIONS
+from camera_serve.ragged.layer import dense_rows
 from camera_serve.vllm_plugin.loading import (
     RankRows,
     RankSplit,

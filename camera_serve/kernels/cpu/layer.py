@@ -9,7 +9,7 @@ import torch
 
 from camera_serve.errors import KernelError
 from camera_serve.kernels.cpu.build import shared_library
-from camera_serve.kernels.reference import PackedRows, RaggedLayer, RaggedTier, Rows
+from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier, Rows
 
 UNIT = 32
 _HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux

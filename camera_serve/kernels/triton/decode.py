@@ -8,7 +8,7 @@ import triton.language as tl
 
 from camera_serve.kernels.triton.layout import middle_code, slices_of
 from camera_serve.kernels.triton.ptx import decode_constraints, decode_source
-from camera_serve.quantize.packing import PACKED_BITS
+from camera_serve.ragged.packing import PACKED_BITS
 
 # Compiled code may look constants up, but not call ordinary functions.
 SLICES_OF = tl.constexpr({bits: slices_of(bits) for bits in PACKED_BITS})

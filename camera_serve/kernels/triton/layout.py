@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from camera_serve.kernels.reference import PackedRows, RaggedLayer, RaggedTier, Rows
-from camera_serve.quantize.packing import unpack
+from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier, Rows
+from camera_serve.ragged.packing import unpack
 
 LONGEST_SLICE = 64
 """Rows of the smallest tile that Hopper's matrix units take."""

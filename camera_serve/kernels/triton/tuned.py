@@ -1,6 +1,6 @@
 """Tile sizes by matrix unit, kind of layer and most slots per expert.
 
-Written by `python -m bench.tune_triton`, for the unit of the GPU that it runs on.
+Written by `python -m bench.gpu.tune_triton`, for the unit of the GPU that it runs on.
 """
 
 DEVICES = {

@@ -1,0 +1,1 @@
+"""A selection goes in; the tensors of a checkpoint come out, layer by layer."""

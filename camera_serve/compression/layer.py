@@ -1,0 +1,172 @@
+"""One MoE layer: energies -> selection -> (quantized) tensors, and the experts that go on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from camera_serve.calibration.inputs import InputRecorder, RoutedInputs, every_token
+from camera_serve.calibration.streaming import ModelStream, StreamedLayer
+from camera_serve.checkpoint.experts import packed_tensors
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.compression.quantize.experts import quantize_experts
+from camera_serve.models.structure import PROJECTIONS, Projection
+from camera_serve.ragged.layer import RaggedTier
+from camera_serve.ranking.layer import measure
+from camera_serve.ranking.selection import LayerEnergies, Selection, select, select_rows
+from camera_serve.recipe import Recipe, TierPlan
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """A MoE layer after compression.
+
+    tensors: the expert tensors of the checkpoint, by name; loaded: the layer with the compressed
+    experts in place; rounded: routed experts that were rounded to nearest for want of tokens.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    loaded: StreamedLayer
+    energies: LayerEnergies
+    selection: Selection
+    rounded: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The kept micro-experts of a layer's routed experts, or of its shared ones.
+
+    rows: their weights in the dtype of the run; indices[e]: their numbers in expert e; counts[e]:
+    how many in each stored tier; prefix(e, projection): where the checkpoint has them.
+    """
+
+    rows: RaggedTier[torch.Tensor]
+    indices: list[torch.Tensor]
+    counts: tuple[tuple[int, ...], ...]
+    prefix: Callable[[int, Projection], str]
+
+
+@torch.inference_mode()
+def compress_layer(
+    stream: ModelStream, layer: int, loaded: StreamedLayer, hidden: torch.Tensor, recipe: Recipe
+) -> CompressedLayer:
+    """Algorithm 2, lines 5-13, and Algorithm 3, lines 3-14, for one MoE layer.
+
+    hidden: `[samples, seq_len, d_model]`, the layer's input. The experts of `loaded` are used up:
+    what is kept of them, dequantized where it was packed, lies in their storage afterwards.
+    """
+    assert loaded.experts is not None
+    recorder = InputRecorder() if recipe.plan.quantized else None
+    energies = measure(stream, layer, loaded, hidden, recipe.alpha, recorder)
+    selection = select(energies, recipe.plan, recipe.align)
+    routed = _kept_routed(stream, layer, loaded.experts, selection)
+    shared = _kept_shared(stream, layer, loaded.shared, selection)
+    tensors: dict[str, torch.Tensor] = {}
+    rounded: tuple[int, ...] = ()
+    for kept in (routed, shared) if shared else (routed,):
+        tensors |= _plain_tensors(stream.checkpoint, kept, recipe.plan)
+    if recorder:
+        inputs = recorder.routed(stream.structure.num_experts)
+        packed, rounded = _quantize(routed, inputs, recipe, stream.device)
+        tensors |= packed
+        if shared:
+            tensors |= _quantize(shared, every_token(inputs), recipe, stream.device)[0]
+    loaded.use_experts(routed.rows)
+    if shared:
+        set_shared(loaded.shared, shared.rows)
+    return CompressedLayer(
+        tensors, replace(loaded, experts=routed.rows), energies, selection, rounded
+    )
+
+
+def _kept_routed(
+    stream: ModelStream, layer: int, experts: RaggedTier[torch.Tensor], selection: Selection
+) -> _Kept:
+    """The kept rows, moved to the front of `experts`: a copy would hold a large layer twice.
+
+    No expert moves back, so none is overwritten before it is read.
+    """
+    offsets = (0, *accumulate(len(rows) for rows in selection.experts))
+    matrices = (experts.gate, experts.up, experts.down)
+    for expert, indices in enumerate(selection.experts):
+        old, new = experts.rows(expert), slice(offsets[expert], offsets[expert + 1])
+        gate, up, down = (matrix[old] for matrix in matrices)
+        own = select_rows(RaggedTier(gate, up, down, (0, len(gate))), [indices], stream.device)
+        for matrix, moved in zip(matrices, (own.gate, own.up, own.down), strict=True):
+            matrix[new] = moved
+    gate, up, down = (matrix[: offsets[-1]] for matrix in matrices)
+    prefix = partial(stream.structure.expert_prefix, layer)
+    rows = RaggedTier(gate, up, down, offsets)
+    return _Kept(rows, selection.experts, selection.layout.experts, prefix)
+
+
+def _kept_shared(
+    stream: ModelStream, layer: int, shared: Any, selection: Selection
+) -> _Kept | None:
+    if shared is None:
+        return None
+    gate, up, down = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight.T
+    whole = RaggedTier(gate, up, down, (0, len(gate)))
+    rows = select_rows(whole, selection.shared, stream.device)
+    return _Kept(
+        rows,
+        selection.shared,
+        selection.layout.shared,
+        lambda _, projection: stream.structure.shared_prefix(layer, projection),
+    )
+
+
+def set_shared(shared: Any, rows: RaggedTier[torch.Tensor]) -> None:
+    """Give a shared expert's three linear layers the weights of `rows`, of any width."""
+    for name, matrix in (("gate", rows.gate), ("up", rows.up), ("down", rows.down)):
+        linear = getattr(shared, f"{name}_proj")
+        weight = matrix.T if name == "down" else matrix
+        linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+
+
+def _plain_tensors(checkpoint: Checkpoint, kept: _Kept, plan: TierPlan) -> dict[str, torch.Tensor]:
+    """The 16-bit tier as it was stored, which need not be the dtype of the run."""
+    if plan.bits[0] != 16:
+        return {}
+    tensors = {}
+    for expert, (indices, counts) in enumerate(zip(kept.indices, kept.counts, strict=True)):
+        for projection in PROJECTIONS if counts[0] else ():
+            name = f"{kept.prefix(expert, projection)}.weight"
+            dim = int(projection == "down")
+            tensors[name] = checkpoint.get(name).index_select(dim, indices[: counts[0]])
+        checkpoint.release()
+    return tensors
+
+
+def _quantize(
+    kept: _Kept, inputs: RoutedInputs, recipe: Recipe, device: torch.device
+) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
+    """Quantize the packed tiers; their rows become the weights that will be served.
+
+    Returns the packed tensors by name, and the experts that were rounded to nearest.
+    """
+    bits, packed = torch.tensor(recipe.plan.bits), recipe.plan.quantized
+    row_bits = torch.cat([bits.repeat_interleave(torch.tensor(tiers)) for tiers in kept.counts])
+    tensors: dict[str, torch.Tensor] = {}
+    rounded = []
+    for solved in quantize_experts(
+        kept.rows,
+        row_bits,
+        inputs,
+        group_size=recipe.group_size,
+        solver=recipe.solver,
+        device=device,
+    ):
+        end = kept.rows.offsets[solved.expert + 1]
+        counts = kept.counts[solved.expert][-len(packed) :]
+        for projection, rows in solved.rows.items():
+            matrix: torch.Tensor = getattr(kept.rows, projection)
+            matrix[end - sum(counts) : end] = rows.dequantize()
+            tensors |= packed_tensors(kept.prefix(solved.expert, projection), rows, counts, packed)
+        if solved.rounded:
+            rounded.append(solved.expert)
+    return tensors, tuple(rounded)

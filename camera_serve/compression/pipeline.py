@@ -1,0 +1,290 @@
+"""compress(): Algorithm 2, layer by layer, each on the outputs of those compressed before it."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from camera_serve.calibration.streaming import ModelStream, StreamedLayer
+from camera_serve.calibration.text import HUB_SETS, calibration_tokens
+from camera_serve.checkpoint.card import model_card
+from camera_serve.checkpoint.format import (
+    MARKER,
+    MARKER_FILE,
+    CameraQuantizationConfig,
+    LayerCounts,
+)
+from camera_serve.checkpoint.reader import Checkpoint, read_json, resolve
+from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport, LayerReport
+from camera_serve.checkpoint.workspace import (
+    Workspace,
+    check_output,
+    differences,
+    refuse_overlap,
+)
+from camera_serve.checkpoint.writer import (
+    ShardPlan,
+    copy_side_files,
+    require_space,
+    serving_config,
+    sha256_of,
+    write_index,
+    write_json,
+    write_shard,
+    write_text,
+)
+from camera_serve.compression.fingerprint import fingerprint
+from camera_serve.compression.layer import CompressedLayer, compress_layer
+from camera_serve.compression.sizing import Estimate, check_fits, disk_bytes, estimate_for
+from camera_serve.errors import DamagedWeightsError, OutputError
+from camera_serve.progress import OnProgress, Reporter
+from camera_serve.recipe import Recipe, Settings
+from camera_serve.runtime import compute_dtype, pick_device, run_log
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from layer to layer of one compression."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    stream: ModelStream
+    workspace: Workspace
+    shards: ShardPlan
+
+
+def estimate(model: str | Path, recipe: Recipe, *, device: str = "auto") -> Estimate:
+    """What `compress` would write, hold and take, without writing anything.
+
+    Local calibration text is looked at: too little raises `CalibrationError`. None is downloaded.
+    """
+    source = resolve(str(model))
+    checkpoint = Checkpoint.open(source)
+    checkpoint.require_dense()
+    found = estimate_for(checkpoint, recipe, pick_device(device))
+    if recipe.calibration.source not in HUB_SETS:
+        calibration_tokens(recipe.calibration, source)
+    return found
+
+
+def compress(
+    model: str | Path,
+    output: Path,
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> CompressionReport:
+    """Compress a MoE model into a checkpoint that `vllm serve` loads.
+
+    model: a local folder or a hub name. The output appears by rename when it is complete; an
+    interrupted run stays in `OUTPUT.partial` and `resume` continues it to the same bytes.
+    Raises `CameraError` subclasses for everything a user can set right.
+    """
+    source = resolve(str(model))
+    output = Path(output).resolve()
+    refuse_overlap(source, output)
+    checkpoint = Checkpoint.open(source)
+    checkpoint.require_dense()
+    check_fits(checkpoint, recipe)
+    target = pick_device(device)
+    dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
+    tokens = calibration_tokens(recipe.calibration, source)
+    print_ = fingerprint(checkpoint, recipe, tokens, target, dtype)
+    if resume and (done := _finished(output, print_)):
+        return done
+    check_output(output, overwrite=overwrite)
+    workspace = Workspace(output)
+    written = workspace.bytes_written if resume else 0
+    require_space(output.parent, disk_bytes(checkpoint, recipe) - written)
+    workspace.start(print_, resume=resume, overwrite=overwrite)
+    stream = ModelStream(checkpoint, target, dtype)
+    run = _Run(checkpoint, recipe, stream, workspace, ShardPlan(checkpoint))
+    reporter = Reporter(checkpoint.structure.num_layers, target, on_progress)
+    try:
+        with run_log(workspace.path / "camera.log"):
+            logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
+            _compress_layers(run, tokens, reporter)
+            report = _write_rest(run, str(model), print_)
+            logger.info("expert weights: %.1f%% smaller", 100 * report.saved_of_experts)
+    except DamagedWeightsError:
+        # The model fails again at the same tensor: there is nothing to resume.
+        workspace.discard()
+        raise
+    workspace.publish()
+    return report
+
+
+def _finished(output: Path, wanted: dict[str, str]) -> CompressionReport | None:
+    if not (output / REPORT_FILE).exists():
+        return None
+    try:
+        report = CompressionReport.model_validate(read_json(output / REPORT_FILE))
+    except ValidationError as error:
+        raise OutputError(
+            f"{output} holds a {REPORT_FILE} of another kind: choose another output"
+        ) from error
+    if changed := differences(report.fingerprint, wanted):
+        raise OutputError(
+            f"{output} is finished, by another run: {changed}; choose another output, or "
+            "replace it with --overwrite"
+        )
+    shutil.rmtree(output / ".state", ignore_errors=True)
+    return report
+
+
+class LayerResult(Settings):
+    """What one finished layer adds to the checkpoint; `counts` and `report` are its MoE part.
+
+    `sha256` is of its file.
+    """
+
+    names: tuple[str, ...]
+    sha256: str = ""
+    expert_bytes: int = 0
+    counts: LayerCounts | None = None
+    report: LayerReport | None = None
+
+
+def _compress_layers(run: _Run, tokens: torch.Tensor, report: Reporter) -> None:
+    start, hidden = run.workspace.resume_point()
+    hidden = run.stream.embed(tokens) if hidden is None else hidden
+    report("compress", start)
+    layers = range(start, run.checkpoint.structure.num_layers)
+    with run.stream.loading(layers) as load:
+        for layer in layers:
+            hidden = _compress_layer(run, layer, load(), hidden)
+            report("compress", layer + 1)
+
+
+def _compress_layer(
+    run: _Run, layer: int, loaded: StreamedLayer, hidden: torch.Tensor
+) -> torch.Tensor:
+    """Algorithm 2 and 3, the body of the loop; returns the input of the next layer."""
+    names = run.shards.shards[layer + 1]
+    if loaded.experts is None:
+        tensors = _read(run.checkpoint, names)
+        result = LayerResult(names=tuple(tensors))
+    else:
+        compressed = compress_layer(run.stream, layer, loaded, hidden, run.recipe)
+        loaded = compressed.loaded
+        rest = [name for name in names if name not in run.checkpoint.expert_names]
+        tensors = _read(run.checkpoint, rest) | compressed.tensors
+        result = _layer_result(run.checkpoint.structure.moe_prefix(layer), tensors, compressed)
+    result = result.model_copy(update={"sha256": _write(run, layer + 1, tensors)})
+    output = run.stream.run(layer, loaded, hidden)
+    run.workspace.commit(layer, result.model_dump(mode="json"), output)
+    return output
+
+
+def _write(run: _Run, shard: int, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write one shard of the checkpoint; its SHA-256."""
+    file = run.workspace.path / run.shards.file_name(shard)
+    write_shard(file, tensors)
+    return sha256_of(file)
+
+
+def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
+    tensors = {name: checkpoint.get(name) for name in names}
+    checkpoint.release()
+    return tensors
+
+
+def _layer_result(
+    name: str, tensors: Mapping[str, torch.Tensor], compressed: CompressedLayer
+) -> LayerResult:
+    layout = compressed.selection.layout
+    report = LayerReport(
+        layer=name,
+        expert_d_ff=layout.expert_d_ff,
+        shared_d_ff=layout.shared_d_ff,
+        tokens_per_expert=tuple(compressed.energies.tokens.tolist()),
+        energy_kept=compressed.selection.energy_kept,
+        rounded_experts=compressed.rounded,
+    )
+    logger.info(
+        "%s: kept %d micro-experts, %.1f%% of the energy",
+        name,
+        sum(layout.expert_d_ff) + sum(layout.shared_d_ff),
+        100 * report.energy_kept,
+    )
+    _warn_unseen(report)
+    return LayerResult(
+        names=tuple(tensors),
+        expert_bytes=sum(tensor.nbytes for tensor in compressed.tensors.values()),
+        counts=LayerCounts(experts=layout.experts, shared=layout.shared),
+        report=report,
+    )
+
+
+def _warn_unseen(report: LayerReport) -> None:
+    if report.unseen_experts:
+        logger.warning(
+            "%s: no calibration token reached experts %s; they are ranked last. Use more "
+            "calibration text if they matter",
+            report.layer,
+            list(report.unseen_experts),
+        )
+
+
+def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionReport:
+    """Everything but the layers: the other shards, side files, index, report, card, config last."""
+    checkpoint, folder, shards = run.checkpoint, run.workspace.path, run.shards
+    num_layers = checkpoint.structure.num_layers
+    results = [LayerResult.model_validate(r) for r in run.workspace.results(num_layers)]
+    names = [shards.shards[0], *(list(result.names) for result in results)]
+    names += shards.shards[num_layers + 1 :]
+    # Layers that an older version has finished are without one.
+    sha256 = {
+        shard: result.sha256 or sha256_of(folder / shards.file_name(shard))
+        for shard, result in enumerate(results, start=1)
+    }
+    for shard in (0, *range(num_layers + 1, len(names))):
+        sha256[shard] = _write(run, shard, _read(checkpoint, names[shard]))
+    copy_side_files(checkpoint.path, folder)
+    files = {shards.file_name(shard): held for shard, held in enumerate(names)}
+    by_file = {file: sha256[shard] for shard, file in enumerate(files)}
+    report = _report(run, model, print_, results, by_file)
+    write_index(folder, files, report.total_bytes_after)
+    write_json(folder / REPORT_FILE, report.model_dump(mode="json"))
+    write_text(folder / "camera_recipe.yaml", run.recipe.dump())
+    write_text(folder / "README.md", model_card(checkpoint.path, report))
+    quantization = CameraQuantizationConfig(
+        bits=run.recipe.plan.bits,
+        group_size=run.recipe.group_size,
+        layers={r.report.layer: r.counts for r in results if r.report and r.counts},
+        recipe=run.recipe,
+    )
+    write_json(folder / MARKER_FILE, MARKER)
+    write_json(folder / "config.json", serving_config(checkpoint, quantization))
+    return report
+
+
+def _report(
+    run: _Run,
+    model: str,
+    print_: dict[str, str],
+    results: list[LayerResult],
+    sha256: dict[str, str],
+) -> CompressionReport:
+    before, after = run.checkpoint, sum(result.expert_bytes for result in results)
+    stored = sum(before.entries[name].num_bytes for shard in run.shards.shards for name in shard)
+    return CompressionReport(
+        model=model if not Path(model).is_dir() else Path(model).resolve().name,
+        recipe=run.recipe,
+        fingerprint=print_,
+        expert_bytes_before=before.expert_bytes,
+        expert_bytes_after=after,
+        total_bytes_before=before.total_bytes,
+        total_bytes_after=stored - before.expert_bytes + after,
+        layers=tuple(result.report for result in results if result.report),
+        sha256=sha256,
+    )

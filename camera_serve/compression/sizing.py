@@ -1,0 +1,187 @@
+"""What a compression will write, hold and take, for `--dry-run` and the disk check."""
+
+import re
+import time
+from collections import Counter
+
+import torch
+
+from camera_serve.calibration.streaming import TOKENS_PER_BATCH, layers_at_once
+from camera_serve.checkpoint.format import check_groups
+from camera_serve.checkpoint.reader import DTYPES, Checkpoint
+from camera_serve.compression.quantize.cost import SolveSize, solve_seconds
+from camera_serve.models import MoeStructure
+from camera_serve.models.structure import PROJECTIONS
+from camera_serve.ragged.layout import check_alignment, tier_totals
+from camera_serve.ragged.packing import words_per_row
+from camera_serve.ranking.energy import ROWS_AT_ONCE
+from camera_serve.recipe import Recipe, Settings
+from camera_serve.runtime import compute_dtype
+
+
+class Estimate(Settings):
+    """Bytes are exact for the output, upper estimates for memory; seconds are a rough guide.
+
+    Memory is what a run takes beside Python and torch, a GPU's included. Parts of the peak:
+    `layer_bytes`, the largest decoder layer in the dtype of the run; `mapped_bytes`, the same in
+    the model's files, whose pages the system may take back, both for each of `layers_at_once`;
+    `tier_bytes`, a layer's experts as they will be stored; `solver_bytes`, the solves of
+    `experts_at_once` of a layer's `num_experts` experts (both 0 where nothing is packed).
+    """
+
+    output_bytes: int
+    expert_bytes_before: int
+    expert_bytes_after: int
+    total_bytes_before: int
+    disk_bytes: int
+    peak_memory_bytes: int
+    layer_bytes: int
+    mapped_bytes: int
+    layers_at_once: int
+    tier_bytes: int
+    solver_bytes: int
+    experts_at_once: int
+    num_experts: int
+    calibration_tokens: int
+    seconds: float
+
+
+def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse a recipe that this model cannot follow, with a setting that it can.
+
+    Raises `RecipeError` or `CheckpointError`.
+    """
+    structure = checkpoint.structure
+    shared = [structure.shared_d_ff] if structure.shared_d_ff else []
+    check_alignment([structure.d_ff, *shared], recipe.align)
+    check_groups(structure.d_model, recipe.group_size, recipe.plan.bits)
+    tier_totals(recipe.plan, structure.micro_experts_per_layer, recipe.align)
+
+
+def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> Estimate:
+    """Sizes from the headers alone; the time from short products and solves on `device`."""
+    check_fits(checkpoint, recipe)
+    structure, tokens = checkpoint.structure, recipe.calibration.num_tokens
+    dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
+    tiers, mapped = _tier_bytes(checkpoint, recipe), _largest_layer(checkpoint)
+    layer = mapped * dtype.itemsize // checkpoint.dtype.itemsize
+    solves = _solves(structure, recipe)
+    solver = max((size.peak_bytes(tokens) for size in solves), default=0)
+    held = layers_at_once(device) * (layer + mapped)
+    working = max(solver, _batch_bytes(structure, recipe), ROWS_AT_ONCE * structure.d_model * 8)
+    return Estimate(
+        output_bytes=_output_bytes(checkpoint, recipe),
+        expert_bytes_before=checkpoint.expert_bytes,
+        expert_bytes_after=tiers * len(structure.moe_layers),
+        total_bytes_before=checkpoint.total_bytes,
+        disk_bytes=disk_bytes(checkpoint, recipe),
+        # A layer's input, its output, and the output once more while it is saved.
+        peak_memory_bytes=held + tiers + working + 3 * _hidden_bytes(checkpoint, recipe),
+        layer_bytes=layer,
+        mapped_bytes=mapped,
+        layers_at_once=layers_at_once(device),
+        tier_bytes=tiers,
+        solver_bytes=solver,
+        experts_at_once=solves[0].experts_at_once if solves else 0,
+        num_experts=structure.num_experts,
+        calibration_tokens=tokens,
+        seconds=_seconds(structure, recipe, dtype, device),
+    )
+
+
+def disk_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Disk space a compression needs at its peak."""
+    # The activations are on disk twice for a moment: the new ones, then the rename.
+    return _output_bytes(checkpoint, recipe) + 2 * _hidden_bytes(checkpoint, recipe)
+
+
+def _output_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    after = _tier_bytes(checkpoint, recipe) * len(checkpoint.structure.moe_layers)
+    return checkpoint.total_bytes - checkpoint.expert_bytes + after
+
+
+def _tier_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Stored bytes of one MoE layer's experts, exactly."""
+    structure = checkpoint.structure
+    totals = tier_totals(recipe.plan, structure.micro_experts_per_layer, recipe.align)
+    return sum(
+        count * _micro_expert_bytes(checkpoint, bits, recipe.group_size)
+        for bits, count in totals.items()
+    )
+
+
+def _micro_expert_bytes(checkpoint: Checkpoint, bits: int, group_size: int) -> int:
+    """Stored bytes of one micro-expert's three vectors, scales and zeros counted."""
+    structure = checkpoint.structure
+    if bits == 16:
+        name = f"{structure.expert_prefix(structure.moe_layers[0], 0, 'gate')}.weight"
+        itemsize = DTYPES[checkpoint.entries[name].dtype].itemsize
+        return len(PROJECTIONS) * structure.d_model * itemsize
+    metadata = structure.d_model // group_size * 2 * torch.float16.itemsize
+    return len(PROJECTIONS) * (4 * words_per_row(structure.d_model, bits) + metadata)
+
+
+def _hidden_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """The activations of all calibration tokens between two layers."""
+    dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
+    return recipe.calibration.num_tokens * checkpoint.structure.d_model * dtype.itemsize
+
+
+def _largest_layer(checkpoint: Checkpoint) -> int:
+    """Stored bytes of the largest decoder layer, attention and router included."""
+    layers: Counter[str] = Counter()
+    for name, entry in checkpoint.entries.items():
+        if match := re.match(r"model\.layers\.\d+\.", name):
+            layers[match[0]] += entry.num_bytes
+    return max(layers.values())
+
+
+def _batch_bytes(structure: MoeStructure, recipe: Recipe) -> int:
+    """Float32 activations of one batch in the layer's experts."""
+    at_once = max(TOKENS_PER_BATCH, recipe.calibration.seq_len)
+    tokens = min(recipe.calibration.num_tokens, at_once)
+    return tokens * structure.top_k * (structure.d_model + 3 * structure.d_ff) * 4
+
+
+def _solves(structure: MoeStructure, recipe: Recipe, share: float = 1) -> list[SolveSize]:
+    """The solves of a layer, of its routed experts first, when `share` of an expert is packed."""
+    if not recipe.plan.quantized:
+        return []
+    kinds = [(structure.num_experts, structure.d_ff)]
+    kinds += [(1, structure.shared_d_ff)] if structure.shared_d_ff else []
+    return [
+        SolveSize(number, max(1, round(share * d_ff)), structure.d_model, recipe.group_size)
+        for number, d_ff in kinds
+    ]
+
+
+def _seconds(
+    structure: MoeStructure, recipe: Recipe, dtype: torch.dtype, device: torch.device
+) -> float:
+    tokens = recipe.calibration.num_tokens
+    seconds = _flops(structure, recipe, tokens) / _flops_per_second(dtype, device)
+    share = sum(tier.fraction for tier in recipe.plan.tiers if 0 < tier.bits < 16)
+    solves = _solves(structure, recipe, share)
+    rate = _flops_per_second(torch.float32, device) if solves else 0
+    for size, seen in zip(solves, (tokens * structure.top_k, tokens), strict=False):
+        each = seen / size.num_experts if recipe.solver == "gptq" else 0
+        seconds += len(structure.moe_layers) * solve_seconds(size, each, rate, device)
+    return seconds
+
+
+def _flops(structure: MoeStructure, recipe: Recipe, tokens: int) -> float:
+    """Two passes over the attention and gate/up, one over the kept down (Algorithm 2)."""
+    routed = structure.top_k * structure.d_ff + structure.shared_d_ff
+    attention = 2 * (4 * structure.d_model**2 + 2 * structure.d_model * recipe.calibration.seq_len)
+    per_token = 2 * attention + 2 * routed * structure.d_model * (2 + 3 * (1 - recipe.plan.pruned))
+    return tokens * per_token * structure.num_layers
+
+
+def _flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    square = torch.ones(1024, 1024, dtype=dtype, device=device)
+    (square @ square).sum().item()
+    start = time.perf_counter()
+    for _ in range(3):
+        product = square @ square
+    product.sum().item()
+    return 3 * 2 * 1024**3 / (time.perf_counter() - start)

@@ -1,0 +1,1 @@
+"""A compressed model and its original go in; what differs comes out."""

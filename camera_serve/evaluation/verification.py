@@ -1,0 +1,267 @@
+"""Is a checkpoint what its config says, and are its micro-experts those of the original model?"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from camera_serve.checkpoint.format import dense_layout
+from camera_serve.checkpoint.reader import Checkpoint, read_report
+from camera_serve.checkpoint.report import REPORT_FILE
+from camera_serve.checkpoint.writer import serving_config, sha256_of
+from camera_serve.errors import CheckpointError
+from camera_serve.models.structure import PROJECTIONS, Projection
+from camera_serve.progress import OnProgress, Reporter
+
+ExpertNames = dict[Projection, str]
+
+
+@dataclass(frozen=True)
+class LayerVerification:
+    """Which micro-experts of the original one MoE layer lacks, by rising original index.
+
+    `experts[e]` and `shared[s]` index into the expert's original d_ff; `emptied` are the routed
+    experts that kept nothing.
+    """
+
+    layer: int
+    experts: tuple[tuple[int, ...], ...]
+    shared: tuple[tuple[int, ...], ...]
+    emptied: tuple[int, ...]
+    original_micro_experts: int
+
+    @property
+    def num_dropped(self) -> int:
+        """Dropped micro-experts of the layer, shared experts included."""
+        return sum(len(indices) for indices in self.experts + self.shared)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked and found right.
+
+    `num_checksums` files of weights are those that `compress` wrote; 0 where it noted no checksums.
+    `layers` is empty when there was no original to compare, and where tiers are `packed`: codes do
+    not tell which micro-expert of the original they stand for.
+    """
+
+    path: Path
+    against: Path | None
+    num_tensors: int
+    total_bytes: int
+    num_checksums: int
+    packed: bool
+    layers: tuple[LayerVerification, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The verification as plain JSON values, dropped micro-experts listed one by one."""
+        return {
+            "path": str(self.path),
+            "against": str(self.against) if self.against else None,
+            "num_tensors": self.num_tensors,
+            "total_bytes": self.total_bytes,
+            "num_checksums": self.num_checksums,
+            "packed": self.packed,
+            "layers": [asdict(layer) | {"num_dropped": layer.num_dropped} for layer in self.layers],
+        }
+
+
+def verify(
+    path: Path, against: Path | None = None, *, on_progress: OnProgress | None = None
+) -> Verification:
+    """Check every tensor of `path` against its config, and read every weight for NaN and Inf.
+
+    With `against`: the config is the original's, every tensor outside the experts is byte-equal to
+    it, and every micro-expert kept in 16 bits is exactly one of the original's, none kept twice;
+    packed ones are compared by `fidelity.output_errors`. Zeros in a dense checkpoint count as
+    dropped. At last every file of weights is compared with its checksum in camera_report.json.
+    Raises `CheckpointError` naming the first tensor and row at fault, or the file.
+    """
+    checkpoint = Checkpoint.open(path)
+    original = Checkpoint.open(against) if against else None
+    if original:
+        if original.quantization:
+            raise CheckpointError(
+                f"{against} is compressed itself (plan {original.quantization.recipe.plan}): "
+                f"compare with the model that {path} was made from"
+            )
+        _check_same_model(checkpoint, original)
+    moe_layers = checkpoint.structure.moe_layers
+    report = Reporter(len(moe_layers), torch.device("cpu"), on_progress)
+    report("verify", 0)
+    bits = checkpoint.quantization.bits if checkpoint.quantization else (16,)
+    for name in sorted(checkpoint.entries.keys() - checkpoint.expert_names):
+        tensor = checkpoint.get(name)
+        if original:
+            _check_equal(checkpoint, original, name, tensor)
+    layers = []
+    for done, layer in enumerate(moe_layers, start=1):
+        if not original or min(bits) < 16:
+            _read_layer(checkpoint, layer)
+        if original and max(bits) == 16:
+            compared = _verify_layer(checkpoint, original, layer)
+            layers += [compared] if min(bits) == 16 else []
+        report("verify", done)
+    checkpoint.release()
+    return Verification(
+        path=path,
+        against=against,
+        num_tensors=len(checkpoint.entries),
+        total_bytes=checkpoint.total_bytes,
+        num_checksums=_check_files(path),
+        packed=min(bits) < 16,
+        layers=tuple(layers),
+    )
+
+
+def _check_files(path: Path) -> int:
+    """Compare files of weights with their checksums in the report, if there are any; how many."""
+    report = read_report(path)
+    checksums = report.sha256 if report else {}
+    for file, wanted in checksums.items():
+        try:
+            found = sha256_of(path / file)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path / file} cannot be read ({error.strerror}), and {REPORT_FILE} lists it: "
+                "copy the file again, or compress again"
+            ) from error
+        if found != wanted:
+            raise CheckpointError(
+                f"{path / file} is not the file that compress wrote: its SHA-256 is {found}, and "
+                f"{wanted} in {REPORT_FILE}: copy the file again, or compress again"
+            )
+    return len(checksums)
+
+
+def _check_same_model(checkpoint: Checkpoint, original: Checkpoint) -> None:
+    ours, theirs = (serving_config(c, quantization=None) for c in (checkpoint, original))
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise CheckpointError(
+                f"{checkpoint.path / 'config.json'}: {key} is {ours.get(key)!r}, but "
+                f"{theirs.get(key)!r} in {original.path}: give the model it was made from"
+            )
+
+
+def _check_equal(
+    checkpoint: Checkpoint, original: Checkpoint, name: str, tensor: torch.Tensor
+) -> None:
+    if name not in original.entries:
+        raise CheckpointError(f"{checkpoint.path}: tensor {name} is not in {original.path}")
+    _check_same_dtype(checkpoint, original, name)
+    ours, theirs = _bytes(tensor), _bytes(original.get(name))
+    if torch.equal(ours, theirs):
+        return
+    rows = (ours != theirs).view(len(ours), -1).any(dim=1).nonzero().flatten().tolist()
+    raise CheckpointError(
+        f"{checkpoint.path}: tensor {name}, row {rows[0]} differs from {original.path} "
+        f"({len(rows)} of {len(ours)} rows differ)"
+    )
+
+
+def _check_same_dtype(checkpoint: Checkpoint, original: Checkpoint, name: str) -> None:
+    ours, theirs = checkpoint.entries[name].dtype, original.entries[name].dtype
+    if ours != theirs:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name} is stored as {ours}, but as {theirs} in "
+            f"{original.path}"
+        )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory as uint8, `[rows, row_bytes]`: -0.0 is not 0.0 here."""
+    rows = tensor.shape[0] if tensor.dim() else 1
+    return tensor.contiguous().view(rows, -1).view(torch.uint8)
+
+
+def _expert_names(checkpoint: Checkpoint, layer: int) -> Iterator[ExpertNames]:
+    """The three tensor names of every expert of a layer, shared experts last."""
+    structure = checkpoint.structure
+    for expert in range(structure.num_experts):
+        yield {p: f"{structure.expert_prefix(layer, expert, p)}.weight" for p in PROJECTIONS}
+    for _ in dense_layout(structure).shared:
+        yield {p: f"{structure.shared_prefix(layer, p)}.weight" for p in PROJECTIONS}
+
+
+def _read_layer(checkpoint: Checkpoint, layer: int) -> None:
+    prefix = f"{checkpoint.structure.moe_prefix(layer)}."
+    for name in sorted(checkpoint.expert_names):
+        if name.startswith(prefix):
+            checkpoint.get(name)
+
+
+def _verify_layer(checkpoint: Checkpoint, original: Checkpoint, layer: int) -> LayerVerification:
+    experts = list(_expert_names(original, layer))
+    dropped = [_dropped(checkpoint, original, names) for names in experts]
+    num_experts = original.structure.num_experts
+    present = [names["gate"] in checkpoint.entries for names in experts[:num_experts]]
+    return LayerVerification(
+        layer=layer,
+        experts=tuple(dropped[:num_experts]),
+        shared=tuple(dropped[num_experts:]),
+        emptied=tuple(expert for expert, held in enumerate(present) if not held),
+        original_micro_experts=original.structure.micro_experts_per_layer,
+    )
+
+
+def _dropped(checkpoint: Checkpoint, original: Checkpoint, names: ExpertNames) -> tuple[int, ...]:
+    """Original indices that the expert no longer holds, every kept one matched to its original."""
+    ours, theirs = _read_expert(checkpoint, names), _read_expert(original, names)
+    if ours and theirs:
+        for name in names.values():
+            _check_same_dtype(checkpoint, original, name)
+    unmatched: dict[bytes, list[int]] = defaultdict(list)
+    for index, triple in enumerate(_triples(theirs)):
+        unmatched[triple].append(index)
+    for row, triple in enumerate(_triples(ours)):
+        if checkpoint.quantization is None and not any(triple):
+            continue  # What `camera_serve.converters.dense` fills up with.
+        if triple not in unmatched:
+            raise CheckpointError(_mismatch(checkpoint, original, names, row, ours, theirs))
+        if not unmatched[triple]:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {names['gate']}, row {row} is a micro-expert that the "
+                "expert already holds in an earlier row"
+            )
+        unmatched[triple].pop(0)
+    return tuple(sorted(index for indices in unmatched.values() for index in indices))
+
+
+def _read_expert(checkpoint: Checkpoint, names: ExpertNames) -> dict[Projection, torch.Tensor]:
+    """An expert's rows as bytes, `[d_ff_e, d_model * itemsize]` each; empty at d_ff_e = 0."""
+    if names["gate"] not in checkpoint.entries:
+        return {}
+    weights = {projection: checkpoint.get(name) for projection, name in names.items()}
+    return {p: _bytes(w.T if p == "down" else w) for p, w in weights.items()}
+
+
+def _triples(rows: dict[Projection, torch.Tensor]) -> Iterator[bytes]:
+    if rows:
+        for triple in torch.cat([rows[p] for p in PROJECTIONS], dim=1).numpy():
+            yield triple.tobytes()
+
+
+def _mismatch(
+    checkpoint: Checkpoint,
+    original: Checkpoint,
+    names: ExpertNames,
+    row: int,
+    ours: dict[Projection, torch.Tensor],
+    theirs: dict[Projection, torch.Tensor],
+) -> str:
+    for projection, name in names.items():
+        known = theirs and (theirs[projection] == ours[projection][row]).all(dim=1).any()
+        if not known:
+            kind = "column" if projection == "down" else "row"
+            return (
+                f"{checkpoint.path}: tensor {name}, {kind} {row} is no {kind} of that tensor in "
+                f"{original.path}: its weights were changed"
+            )
+    return (
+        f"{checkpoint.path}: row {row} of {names['gate']} and its partners in up and down are from "
+        f"different micro-experts of {original.path}"
+    )

@@ -1,0 +1,153 @@
+"""analyze(): CAMERA's ranking of every MoE layer, without changing the model (Algorithm 1)."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from camera_serve.calibration.streaming import ModelStream, StreamedLayer
+from camera_serve.calibration.text import calibration_tokens
+from camera_serve.checkpoint.reader import Checkpoint, resolve
+from camera_serve.checkpoint.workspace import check_output, refuse_overlap
+from camera_serve.checkpoint.writer import publish, write_json, write_shard
+from camera_serve.errors import OutputError
+from camera_serve.progress import OnProgress, Reporter
+from camera_serve.ragged.layout import rank
+from camera_serve.ranking.layer import measure
+from camera_serve.ranking.selection import LayerEnergies
+from camera_serve.recipe import Calibration, Settings
+from camera_serve.runtime import compute_dtype, pick_device
+
+
+class AnalysisSettings(Settings):
+    """What decides a ranking: the calibration text, α of Eq. 11, and the dtype computed in."""
+
+    calibration: Calibration
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.95
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+
+
+class LayerSummary(Settings):
+    """One MoE layer's energies in figures; shares are of the layer's total energy.
+
+    `expert_shares` are the routed experts' shares, `shared_share` the shared experts'.
+    `energy_below` maps a pruned share of micro-experts to the share of energy that goes with it.
+    """
+
+    layer: str
+    tokens_per_expert: tuple[int, ...]
+    expert_shares: tuple[float, ...]
+    shared_share: float
+    energy_below: Mapping[str, float]
+
+
+class AnalysisReport(Settings):
+    """The analysis of a whole model, as `camera_analysis.json`."""
+
+    version: int = 1
+    model: str
+    settings: AnalysisSettings
+    layers: tuple[LayerSummary, ...]
+
+
+def analyze(
+    model: str | Path,
+    output: Path,
+    settings: AnalysisSettings,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> AnalysisReport:
+    """Rank all micro-experts of every MoE layer of a dense model.
+
+    Writes `energies.safetensors` (per layer `<layer>.experts` float64 `[num_experts, d_ff]`,
+    `.shared` `[shared_d_ff]`, `.tokens` int64 `[num_experts]`, and `.ranking` int64
+    `[num_micro_experts]`: indices into experts then shared, by falling energy) and
+    `camera_analysis.json`. The folder appears by rename.
+    """
+    source, output = resolve(str(model)), Path(output).resolve()
+    refuse_overlap(source, output)
+    check_output(output, overwrite=overwrite)
+    checkpoint = Checkpoint.open(source)
+    checkpoint.require_dense()
+    target = pick_device(device)
+    tokens = calibration_tokens(settings.calibration, source)
+    stream = ModelStream(checkpoint, target, compute_dtype(settings.dtype, checkpoint.dtype))
+    energies = _all_energies(stream, tokens, settings.alpha, on_progress)
+    report = AnalysisReport(
+        model=source.resolve().name if Path(model).is_dir() else str(model),
+        settings=settings,
+        layers=tuple(_summary(name, layer) for name, layer in energies.items()),
+    )
+    _write(output, energies, report)
+    return report
+
+
+def _all_energies(
+    stream: ModelStream, tokens: torch.Tensor, alpha: float, on_progress: OnProgress | None
+) -> dict[str, LayerEnergies]:
+    num_layers = stream.structure.num_layers
+    progress = Reporter(num_layers, stream.device, on_progress)
+    hidden = stream.embed(tokens)
+    energies: dict[str, LayerEnergies] = {}
+    progress("analyze", 0)
+    with stream.loading(range(num_layers)) as load:
+        for layer in range(num_layers):
+            found, hidden = _layer_energies(stream, layer, load(), hidden, alpha)
+            if found is not None:
+                energies[stream.structure.moe_prefix(layer)] = found
+            progress("analyze", layer + 1)
+    return energies
+
+
+def _layer_energies(
+    stream: ModelStream, layer: int, loaded: StreamedLayer, hidden: torch.Tensor, alpha: float
+) -> tuple[LayerEnergies | None, torch.Tensor]:
+    """A layer's energies, None where it is dense, and its output."""
+    energies = None
+    if loaded.experts is not None:
+        energies = measure(stream, layer, loaded, hidden, alpha)
+        loaded.use_experts(loaded.experts)
+    return energies, stream.run(layer, loaded, hidden)
+
+
+def _summary(name: str, energies: LayerEnergies) -> LayerSummary:
+    every = torch.cat(energies.per_expert)
+    total = float(every.sum()) or 1.0
+    rising = every.sort().values.cumsum(0) / total
+    shares = energies.experts.sum(1) / total
+    return LayerSummary(
+        layer=name,
+        tokens_per_expert=tuple(energies.tokens.tolist()),
+        expert_shares=tuple(shares.tolist()),
+        shared_share=float(energies.shared.sum()) / total,
+        energy_below={
+            f"{percent}%": float(rising[len(every) * percent // 100 - 1])
+            for percent in (20, 40, 60)
+        },
+    )
+
+
+def _write(output: Path, energies: dict[str, LayerEnergies], report: AnalysisReport) -> None:
+    tensors = {}
+    for name, layer in energies.items():
+        tensors[f"{name}.experts"] = layer.experts
+        tensors[f"{name}.shared"] = layer.shared
+        tensors[f"{name}.tokens"] = layer.tokens
+        tensors[f"{name}.ranking"] = rank(torch.cat(layer.per_expert))
+    # Not `.partial`: that name belongs to an interrupted compression of the same output.
+    partial = output.with_name(output.name + ".analysis")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write_shard(partial / "energies.safetensors", tensors)
+        write_json(partial / "camera_analysis.json", report.model_dump(mode="json"))
+        publish(partial, output)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

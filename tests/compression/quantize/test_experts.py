@@ -1,0 +1,202 @@
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn import functional
+
+from camera_serve.compression.quantize import cost
+from camera_serve.compression.quantize.experts import (
+    InputRecorder,
+    QuantizedExpert,
+    QuantizedRows,
+    RoutedInputs,
+    every_token,
+    quantize_experts,
+)
+from camera_serve.models.structure import PROJECTIONS
+from camera_serve.ragged.layer import RaggedTier
+
+D_MODEL = 64
+CPU = torch.device("cpu")
+
+
+def make(widths: list[int], num_tokens: int = 400) -> tuple[RaggedTier[torch.Tensor], RoutedInputs]:
+    offsets = tuple(torch.tensor([0, *widths]).cumsum(0).tolist())
+    gate, up, down = (torch.randn(sum(widths), D_MODEL) * 0.1 for _ in range(3))
+    x = torch.randn(num_tokens, 24) @ torch.randn(24, D_MODEL)
+    ids = torch.randint(0, len(widths), (num_tokens, 1))
+    recorder = InputRecorder()
+    for part in (slice(0, 150), slice(150, None)):
+        recorder(torch.nn.Identity(), (x[part], ids[part]))
+    return RaggedTier(gate, up, down, offsets), recorder.routed(len(widths))
+
+
+@dataclass(frozen=True)
+class Solved:
+    """All quantized rows of a layer, expert by expert."""
+
+    gate: QuantizedRows
+    up: QuantizedRows
+    down: QuantizedRows
+    widths: dict[int, int]
+    rounded: list[int]
+
+
+def solve(
+    experts: RaggedTier[torch.Tensor], bits: list[int], inputs: RoutedInputs, solver: str = "gptq"
+) -> Iterator[QuantizedExpert]:
+    return quantize_experts(
+        experts,
+        torch.tensor(bits),
+        inputs,
+        group_size=32,
+        solver=solver,  # type: ignore[arg-type]
+        device=CPU,
+    )
+
+
+def quantize(
+    experts: RaggedTier[torch.Tensor], bits: list[int], inputs: RoutedInputs, solver: str = "gptq"
+) -> Solved:
+    return together(list(solve(experts, bits, inputs, solver)))
+
+
+def together(parts: list[QuantizedExpert]) -> Solved:
+    rows = {
+        p: QuantizedRows(
+            torch.cat([part.rows[p].codes for part in parts]),
+            torch.cat([part.rows[p].scales for part in parts]),
+            torch.cat([part.rows[p].zeros for part in parts]),
+        )
+        for p in PROJECTIONS
+    }
+    widths = {part.expert: len(part.rows["gate"].codes) for part in parts}
+    return Solved(**rows, widths=widths, rounded=[p.expert for p in parts if p.rounded])
+
+
+def output_error(experts: RaggedTier[torch.Tensor], solved: Solved, inputs: RoutedInputs) -> float:
+    """Squared error of all experts' outputs on their own tokens, relative to the outputs."""
+    gate, up, down = (q.dequantize() for q in (solved.gate, solved.up, solved.down))
+    wrong = total = 0.0
+    for expert in range(len(experts.offsets) - 1):
+        x, rows = inputs.x[inputs.tokens[expert]].float(), experts.rows(expert)
+        y = (functional.silu(x @ experts.gate[rows].T) * (x @ experts.up[rows].T)) @ experts.down[
+            rows
+        ]
+        ours = (functional.silu(x @ gate[rows].T) * (x @ up[rows].T)) @ down[rows]
+        wrong += (y - ours).square().sum().item()
+        total += y.square().sum().item()
+    return wrong / total
+
+
+def test_inputs_are_sorted_to_the_experts_they_were_routed_to() -> None:
+    recorder = InputRecorder()
+    x = torch.arange(8.0).view(4, 2)
+    recorder(torch.nn.Identity(), (x[:3], torch.tensor([[0, 2], [2, 1], [1, 0]])))
+    recorder(torch.nn.Identity(), (x[3:], torch.tensor([[2, 0]])))
+    inputs = recorder.routed(4)
+    assert [tokens.tolist() for tokens in inputs.tokens] == [[0, 2, 3], [1, 2], [0, 1, 3], []]
+    assert inputs.x.equal(x)
+    (every,) = every_token(inputs).tokens
+    assert every.tolist() == [0, 1, 2, 3]
+
+
+def test_gptq_beats_rounding_on_the_layer_output() -> None:
+    experts, inputs = make([32, 32, 32])
+    bits = ([3] * 8 + [2] * 16 + [1] * 8) * 3
+    errors = {
+        s: output_error(experts, quantize(experts, bits, inputs, s), inputs)
+        for s in ("gptq", "rtn")
+    }
+    assert errors["gptq"] < 0.75 * errors["rtn"]
+
+
+def test_more_bits_mean_less_error() -> None:
+    experts, inputs = make([32, 32])
+    errors = [
+        output_error(experts, quantize(experts, [b] * 64, inputs), inputs) for b in (1, 2, 3, 4, 8)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-3 < errors[0]
+
+
+@pytest.mark.parametrize("widths", [[0, 1, 7, 32], [0, 40, 0], [1]])
+def test_ragged_widths_are_solved_as_if_alone(widths: list[int]) -> None:
+    experts, inputs = make(widths)
+    bits = [2] * sum(widths)
+    whole = quantize(experts, bits, inputs)
+    assert whole.widths == {e: width for e, width in enumerate(widths) if width}
+    for expert, width in enumerate(widths):
+        if not width:
+            continue
+        rows = experts.rows(expert)
+        one = RaggedTier(experts.gate[rows], experts.up[rows], experts.down[rows], (0, width))
+        alone = quantize(one, [2] * width, RoutedInputs(inputs.x, (inputs.tokens[expert],)))
+        for name in ("gate", "up", "down"):
+            codes = getattr(whole, name).codes[rows]
+            assert (codes != getattr(alone, name).codes).float().mean() < 0.005
+
+
+def test_rows_of_16_bits_are_left_out() -> None:
+    experts, inputs = make([8, 8])
+    solved = quantize(experts, ([16] * 3 + [4] * 5) * 2, inputs)
+    assert solved.widths == {0: 5, 1: 5}
+    assert len(solved.gate.codes) == len(solved.down.scales) == 10
+    difference = solved.gate.dequantize()[:5] - experts.gate[3:8]
+    assert difference.abs().mean() < 0.05 * experts.gate.abs().mean() * 4
+
+
+def test_an_expert_that_saw_too_few_tokens_is_rounded_and_named() -> None:
+    experts, inputs = make([16, 16])
+    few = RoutedInputs(inputs.x, (inputs.tokens[0], inputs.tokens[1][:5]))
+    solved, rounded = quantize(experts, [2] * 32, few), quantize(experts, [2] * 32, few, "rtn")
+    assert solved.rounded == [1]
+    assert solved.gate.codes[16:].equal(rounded.gate.codes[16:])
+    assert not solved.gate.codes[:16].equal(rounded.gate.codes[:16])
+
+
+def test_chunks_of_experts_do_not_change_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, inputs = make([16] * 5)
+    whole = quantize(experts, [2] * 80, inputs)
+    monkeypatch.setattr(cost, "SOLVER_BYTES", 1)
+    parts = quantize(experts, [2] * 80, inputs)
+    for name in ("gate", "up", "down"):
+        assert (getattr(whole, name).codes != getattr(parts, name).codes).float().mean() < 0.01
+
+
+def test_experts_without_a_packed_row_give_no_codes() -> None:
+    experts, inputs = make([4, 4])
+    assert list(solve(experts, [16] * 8, inputs)) == []
+
+
+def test_an_expert_may_be_overwritten_once_it_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, inputs = make([16] * 3)
+    monkeypatch.setattr(cost, "SOLVER_BYTES", 1)
+    wanted, parts = quantize(experts, [2] * 48, inputs), []
+    for part in solve(experts, [2] * 48, inputs):
+        for matrix in (experts.gate, experts.up, experts.down):
+            matrix[experts.rows(part.expert)] = torch.nan
+        parts.append(part)
+    found = together(parts)
+    for name in PROJECTIONS:
+        assert getattr(found, name).codes.equal(getattr(wanted, name).codes)
+
+
+def test_a_wide_neighbour_does_not_change_a_narrow_expert() -> None:
+    experts, inputs = make([6, 120])
+    both = quantize(experts, [2] * 126, inputs)
+    alone = quantize(
+        RaggedTier(experts.gate[:6], experts.up[:6], experts.down[:6], (0, 6)),
+        [2] * 6,
+        RoutedInputs(inputs.x, inputs.tokens[:1]),
+    )
+    assert (both.down.codes[:6] != alone.down.codes).float().mean() < 0.005
+
+
+def test_hessians_are_the_same_summed_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, inputs = make([16, 16])
+    whole = quantize(experts, [3] * 32, inputs)
+    monkeypatch.setattr(cost, "TOKENS_AT_ONCE", 7)
+    parts = quantize(experts, [3] * 32, inputs)
+    assert (whole.down.codes != parts.down.codes).float().mean() < 0.01

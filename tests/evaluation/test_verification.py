@@ -1,0 +1,280 @@
+"""`verify` finds every dropped micro-expert, and every weight that is not the original's."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from camera_serve.converters.dense import convert_to_dense
+from safetensors.torch import load_file, save_file
+
+from camera_serve.checkpoint.report import REPORT_FILE
+from camera_serve.errors import CheckpointError
+from camera_serve.evaluation.verification import verify
+from camera_serve.progress import Progress
+from tests import pruning, quantized, tiny_models
+from tests.editing import Tensors, digest, edit_config, edit_weights
+
+D_FF, NUM_EXPERTS, SHARED_D_FF = 64, 8, 96
+WIDTHS = (0, 1, 7, 64, 33, 2, 16, 5)
+SHARED_WIDTH = 40
+EXPERT_2 = "model.layers.1.mlp.experts.2"
+
+
+def _width(expert: int, d_ff: int) -> int:
+    return SHARED_WIDTH if expert < 0 else WIDTHS[expert]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save("qwen2_moe", tmp_path_factory.mktemp("dense") / "model")
+
+
+@pytest.fixture
+def compressed(dense: Path, tmp_path: Path) -> Path:
+    pruning.prune(dense, tmp_path / "out", _width)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_dropped_micro_experts_are_the_ones_not_kept(family: str, tmp_path: Path) -> None:
+    model = tiny_models.save(family, tmp_path / "model")
+    kept = pruning.prune(model, tmp_path / "out")
+    structure = pruning.structure_of(model)
+    found = verify(tmp_path / "out", model)
+    assert [layer.layer for layer in found.layers] == list(structure.moe_layers)
+    for layer in found.layers:
+        prefix = structure.moe_prefix(layer.layer)
+        for expert, dropped in enumerate(layer.experts):
+            assert dropped == _others(kept[f"{prefix}.experts.{expert}"], structure.d_ff)
+        for dropped in layer.shared:
+            shared = kept[f"{prefix}.{structure.family.shared_name}"]
+            assert dropped == _others(shared, structure.shared_d_ff)
+        assert len(layer.shared) == bool(structure.shared_d_ff)
+
+
+def _others(kept: torch.Tensor, d_ff: int) -> tuple[int, ...]:
+    return tuple(sorted(set(range(d_ff)) - set(kept.tolist())))
+
+
+def test_dropped_are_counted_and_emptied_experts_listed(dense: Path, compressed: Path) -> None:
+    for layer in verify(compressed, dense).layers:
+        assert layer.emptied == (0,)
+        assert layer.original_micro_experts == NUM_EXPERTS * D_FF + SHARED_D_FF
+        kept = layer.original_micro_experts - layer.num_dropped
+        assert kept == sum(WIDTHS) + SHARED_WIDTH
+
+
+def test_a_model_lacks_nothing_of_itself(dense: Path) -> None:
+    assert [layer.num_dropped for layer in verify(dense, dense).layers] == [0, 0]
+
+
+def test_a_converted_checkpoint_lacks_what_the_compressed_one_lacks(
+    dense: Path, compressed: Path, tmp_path: Path
+) -> None:
+    convert_to_dense(compressed, tmp_path / "converted")
+    found, wanted = verify(tmp_path / "converted", dense), verify(compressed, dense)
+    for ours, theirs in zip(found.layers, wanted.layers, strict=True):
+        assert (ours.experts, ours.shared) == (theirs.experts, theirs.shared)
+
+
+def test_without_an_original_every_weight_is_read(compressed: Path) -> None:
+    assert verify(compressed).layers == ()
+
+    def spoil(tensors: Tensors) -> None:
+        tensors[f"{EXPERT_2}.down_proj.weight"][3, 6] = float("nan")
+
+    edit_weights(compressed, spoil)
+    with pytest.raises(CheckpointError, match=rf"{EXPERT_2}\.down_proj\.weight holds 1 NaN"):
+        verify(compressed)
+
+
+@pytest.mark.parametrize(
+    ("projection", "where", "named"),
+    [
+        ("gate_proj", (4, 9), "row 4"),
+        ("up_proj", (6, 0), "row 6"),
+        ("down_proj", (9, 5), "column 5"),
+    ],
+)
+def test_an_altered_expert_weight_is_named(
+    dense: Path, compressed: Path, projection: str, where: tuple[int, int], named: str
+) -> None:
+    name = f"{EXPERT_2}.{projection}.weight"
+
+    def alter(tensors: Tensors) -> None:
+        tensors[name][where] += 0.5
+
+    edit_weights(compressed, alter)
+    with pytest.raises(CheckpointError, match=rf"{name}, {named} is no .*changed"):
+        verify(compressed, dense)
+
+
+def test_the_sign_of_a_zero_is_a_change(tmp_path: Path) -> None:
+    name = f"{EXPERT_2}.up_proj.weight"
+
+    def write(value: float) -> None:
+        edit_weights(out, lambda tensors: tensors[name][5, :1].fill_(value))
+
+    model = tiny_models.save("olmoe", tmp_path / "model")
+    edit_weights(model, lambda tensors: tensors[name][:, 0].zero_())
+    out = tmp_path / "out"
+    pruning.prune(model, out)
+    write(0.0)
+    verify(out, model)
+    write(-0.0)
+    with pytest.raises(CheckpointError, match=f"{name}, row 5"):
+        verify(out, model)
+
+
+def test_parts_of_different_micro_experts_do_not_pass(dense: Path, compressed: Path) -> None:
+    def swap(tensors: Tensors) -> None:
+        rows = tensors[f"{EXPERT_2}.up_proj.weight"]
+        rows[[2, 3]] = rows[[3, 2]]
+
+    edit_weights(compressed, swap)
+    with pytest.raises(CheckpointError, match=rf"row 2 of {EXPERT_2}.gate_proj.*different"):
+        verify(compressed, dense)
+
+
+def _copy_micro_expert(tensors: Tensors, source: int, target: int) -> None:
+    for projection in ("gate_proj", "up_proj"):
+        rows = tensors[f"{EXPERT_2}.{projection}.weight"]
+        rows[target] = rows[source]
+    columns = tensors[f"{EXPERT_2}.down_proj.weight"]
+    columns[:, target] = columns[:, source]
+
+
+def test_a_micro_expert_kept_twice_does_not_pass(dense: Path, compressed: Path) -> None:
+    edit_weights(compressed, lambda tensors: _copy_micro_expert(tensors, 1, 4))
+    with pytest.raises(CheckpointError, match=rf"{EXPERT_2}\.gate_proj\.weight, row 4 .*already"):
+        verify(compressed, dense)
+
+
+def test_equal_micro_experts_of_the_original_may_all_be_kept(tmp_path: Path) -> None:
+    model = tiny_models.save("olmoe", tmp_path / "model")
+    edit_weights(model, lambda tensors: _copy_micro_expert(tensors, 3, 7))
+    pruning.prune(model, tmp_path / "out", lambda expert, d_ff: d_ff)
+    assert verify(tmp_path / "out", model).layers[1].experts[2] == ()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.q_proj.weight"])
+def test_an_altered_tensor_outside_the_experts_is_named(
+    name: str, dense: Path, compressed: Path
+) -> None:
+    def alter(tensors: Tensors) -> None:
+        tensors[name][17] += 1
+
+    edit_weights(compressed, alter)
+    with pytest.raises(CheckpointError, match=rf"{name}, row 17 differs .*\(1 of"):
+        verify(compressed, dense)
+
+
+def test_an_altered_setting_is_named(dense: Path, compressed: Path) -> None:
+    edit_config(compressed, lambda config: config.update(norm_topk_prob=True))
+    with pytest.raises(CheckpointError, match="norm_topk_prob is True, but False"):
+        verify(compressed, dense)
+
+
+def test_a_tensor_stored_in_another_dtype_is_named(dense: Path, compressed: Path) -> None:
+    name = f"{EXPERT_2}.up_proj.weight"
+
+    def widen(tensors: Tensors) -> None:
+        tensors[name] = tensors[name].float()
+
+    edit_weights(compressed, widen)
+    with pytest.raises(CheckpointError, match=f"{name} is stored as F32, but as BF16"):
+        verify(compressed, dense)
+
+
+def test_another_model_is_not_the_original(compressed: Path, tmp_path: Path) -> None:
+    other = tiny_models.save("qwen2_moe", tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match="differs from"):
+        verify(compressed, other)
+
+
+def test_json_lists_the_dropped(dense: Path, compressed: Path) -> None:
+    found = verify(compressed, dense)
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["layers"][1]["experts"][1] == list(found.layers[1].experts[1])
+    assert len(data["layers"][1]["experts"][1]) == D_FF - 1
+    assert data["layers"][1]["num_dropped"] == found.layers[1].num_dropped
+
+
+def test_progress_counts_layers(dense: Path, compressed: Path) -> None:
+    reports: list[Progress] = []
+    verify(compressed, dense, on_progress=reports.append)
+    assert [(report.done, report.total) for report in reports] == [(0, 2), (1, 2), (2, 2)]
+
+
+@pytest.fixture(scope="module")
+def mixed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("mixed") / "out"
+    quantized.compress(dense, output, "16:0.4,2:0.4,0:0.2")
+    return output
+
+
+def test_16_bit_rows_beside_packed_ones_are_the_originals(dense: Path, mixed: Path) -> None:
+    found = verify(mixed, dense)
+    # Which micro-experts were packed and which dropped cannot be told.
+    assert found.layers == ()
+    assert found.against == dense
+
+
+@pytest.mark.parametrize(
+    ("projection", "where", "named"),
+    [("gate_proj", (1, 9), "row 1"), ("down_proj", (9, 2), "column 2")],
+)
+def test_an_altered_16_bit_row_beside_packed_ones_is_named(
+    dense: Path, mixed: Path, tmp_path: Path, projection: str, where: tuple[int, int], named: str
+) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    name = f"{EXPERT_2}.{projection}.weight"
+    (shard,) = (file for file in out.glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(shard)
+    tensors[name][where] += 0.5
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{shard.name} is not the file that compress wrote"):
+        verify(out)
+    with pytest.raises(CheckpointError, match=rf"{name}, {named} is no .*changed"):
+        verify(out, dense)
+
+
+def test_every_file_is_what_compress_wrote_to_the_byte(mixed: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    shards = sorted(out.glob("*.safetensors"))
+    assert verify(out).num_checksums == len(shards) > 2
+    # Random codes are codes: nothing but the checksum tells.
+    shard = shards[-1]
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith("qweight"))
+    tensors[name].view(-1)[0] ^= 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    found = digest(out)[shard.name]
+    with pytest.raises(CheckpointError, match=f"{shard.name} is not the file.*{found}.*copy"):
+        verify(out)
+
+
+def test_a_file_that_the_report_lists_and_nobody_has_is_named(mixed: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    report = json.loads((out / REPORT_FILE).read_text())
+    report["sha256"]["model-9.safetensors"] = "0" * 64
+    (out / REPORT_FILE).write_text(json.dumps(report))
+    with pytest.raises(
+        CheckpointError, match=r"model-9\.safetensors cannot be read .*copy the file"
+    ):
+        verify(out)
+
+
+def test_reports_of_older_versions_have_no_checksums(mixed: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    report = json.loads((out / REPORT_FILE).read_text())
+    del report["sha256"]
+    (out / REPORT_FILE).write_text(json.dumps(report))
+    assert verify(out).num_checksums == 0
+
+
+def test_the_original_is_not_compressed_itself(mixed: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is compressed itself .* was made from"):
+        verify(mixed, mixed)
