@@ -1,4 +1,4 @@
-"""What benchmarks keep: where they ran, and their tables in README.md."""
+"""What benchmarks keep: where they ran, and their tables in README.md and docs/."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from camera_serve.benchmark.environment import Environment
 from camera_serve.errors import CameraError
 
 README = reference.ROOT / "README.md"
+DOCS = reference.ROOT / "docs"
 
 
 def environment() -> dict[str, Any]:
@@ -34,19 +35,19 @@ def stored(path: Path, version: int) -> dict[str, Any]:
     return result
 
 
-def put_in_readme(name: str, table: str) -> None:
-    """Put a table between its markers in README.md; raises `CameraError` when it lacks them."""
-    README.write_text(with_table(README.read_text(), name, table))
+def put_in_page(page: Path, name: str, table: str) -> None:
+    """Put a table between its markers in a page; raises `CameraError` when it lacks them."""
+    page.write_text(with_table(page.read_text(), name, table))
 
 
-def with_table(readme: str, name: str, table: str) -> str:
-    """README with `table` between the markers `name:start` and `name:end`.
+def with_table(page: str, name: str, table: str) -> str:
+    """A page with `table` between the markers `name:start` and `name:end`.
 
     Raises `CameraError` when it does not have both.
     """
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    before, found, rest = readme.partition(start)
+    before, found, rest = page.partition(start)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise CameraError(f"README.md has no place for this table: put {start} and {end} in it")
+        raise CameraError(f"the page has no place for this table: put {start} and {end} in it")
     return f"{before}{start}\n{table}\n{end}{after}"

@@ -1,1 +1,1 @@
-"""Other checkpoint formats, one file each, on top of camera_serve."""
+"""A checkpoint goes in; one of another format comes out, one file a format."""

@@ -69,10 +69,11 @@ LAYERS = {
         {"errors"},
     ),
     "bench": (
-        {"demo"},
+        {"demo", "summary"},
         {"gpu"},
         {"quality", "speed"},
         {"shapes", "reference_moe"},
+        {"data_flow"},
         {"stored"},
         {"reference"},
     ),

@@ -1,1 +1,1 @@
-"""Benchmarks of a machine with a GPU: `python -m bench.gpu`."""
+"""A machine with a GPU goes in; times of layers, servers and analysis there come out."""

@@ -1,9 +1,10 @@
 """Held-out perplexity of CAMERA-P against random removal and removal by weight norm alone.
 
     python -m bench.quality.pruning [--model FOLDER] [--fractions 0.2 0.4 0.6]
-    python -m bench.quality.pruning --readme
+    python -m bench.quality.pruning --docs
 
-The first measures and writes `bench/results/`; the second only puts the stored table in README.md.
+The first measures and writes `bench/results/`; the second only puts the stored table in
+docs/quality.md.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 
 from bench import reference
 from bench.quality.removal import random_scores, removed, weight_norms
-from bench.stored import environment, put_in_readme, stored
+from bench.stored import DOCS, environment, put_in_page, stored
 from camera_serve import compress
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.evaluation.perplexity import WINDOW, Score, likelihood, load_model, windows_of
@@ -52,7 +53,7 @@ class Bench:
 def main() -> int:
     """Measure and store, or render what is stored."""
     options = _parse_options()
-    if not options.readme:
+    if not options.docs:
         torch.set_num_threads(options.threads)
         calibration = Calibration(source=str(reference.CALIBRATION), samples=options.samples)
         plans = [TierPlan.prune(fraction) for fraction in options.fractions]
@@ -62,8 +63,8 @@ def main() -> int:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
     table = render(stored(options.output, RESULT_VERSION))
     Console().print(Markdown(table))
-    if options.readme:
-        put_in_readme("quality", table)
+    if options.docs:
+        put_in_page(DOCS / "quality.md", "quality", table)
     return 0
 
 
@@ -74,7 +75,7 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--readme", action="store_true", help="only rewrite README's table")
+    parser.add_argument("--docs", action="store_true", help="only rewrite the table of docs/")
     return parser.parse_args()
 
 

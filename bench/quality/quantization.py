@@ -1,11 +1,11 @@
 """What CAMERA-Q costs on held-out text, against its ablations at equal bits, on the reference MoE.
 
     python -m bench.quality.quantization
-    python -m bench.quality.quantization --readme
+    python -m bench.quality.quantization --docs
 
 Figure 8 of the paper (the share r of the outer tiers), CAMERA-Q†, single-precision GPTQ, the other
 grouping of down_proj, and pruning and quantizing in one pass. The first measures and writes
-`bench/results/`; the second only puts the stored table in README.md.
+`bench/results/`; the second only puts the stored table in docs/quality.md.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from bench import reference
 from bench.quality.ablations import ablated, down_along_micro_experts, sliced_by_input
-from bench.stored import environment, put_in_readme, stored
+from bench.stored import DOCS, environment, put_in_page, stored
 from camera_serve import Calibration, Recipe, TierPlan, compress
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.evaluation.perplexity import Score, divergence, likelihood, load_model, windows_of
@@ -61,10 +61,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--readme", action="store_true", help="only put the stored table there")
+    parser.add_argument("--docs", action="store_true", help="only put the stored table there")
     options = parser.parse_args()
-    if options.readme:
-        put_in_readme("quantization", render(stored(options.output, RESULT_VERSION)))
+    if options.docs:
+        table = render(stored(options.output, RESULT_VERSION))
+        put_in_page(DOCS / "quality.md", "quantization", table)
         return
     torch.set_num_threads(options.threads)
     calibration = Calibration(source=str(reference.CALIBRATION), samples=options.samples)

@@ -1,10 +1,10 @@
 """Time of one MoE layer on the CPU: our kernel under tier plans against vLLM's best.
 
     python -m bench.speed.kernels [--shape qwen3-30b-a3b ...] [--tokens 1,8,32] [--threads 1,2]
-    python -m bench.speed.kernels --readme
+    python -m bench.speed.kernels --docs
 
 The first checks the kernel, times everything and the machine's limits in turn and writes
-`bench/results/`; the second only puts the stored table in README.md, or the part of it that
+`bench/results/`; the second only puts the stored table in docs/speed.md, or the part of it that
 `--shape`, `--tokens`, `--threads` and `--routing` name.
 """
 
@@ -57,7 +57,7 @@ from bench.speed.kernel_report import (
 )
 from bench.speed.limits import Ruler
 from bench.speed.moe_inputs import Inputs, Routing, inputs_of, work
-from bench.stored import put_in_readme
+from bench.stored import DOCS, put_in_page
 from camera_serve.benchmark.environment import Environment
 from camera_serve.checkpoint.writer import write_json
 from camera_serve.errors import CameraError, KernelError
@@ -79,6 +79,8 @@ NOISE = 1.1
 REPETITIONS = 5
 ROUNDS = 4
 
+PAGE = DOCS / "speed.md"
+
 TimedPlace = tuple[PlaceLimits, list[Cell]]
 
 
@@ -88,7 +90,7 @@ def main() -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     options = _parse_options()
     try:
-        if options.readme:
+        if options.docs:
             _show_stored(options)
             return 0
         report = measure(_settings(options))
@@ -115,7 +117,7 @@ def _show_stored(options: argparse.Namespace) -> None:
         raise CameraError(f"{options.output} has no such cells: measure them, or ask for fewer")
     table = markdown(report)
     Console().print(Markdown(table))
-    put_in_readme("kernels", table)
+    put_in_page(PAGE, "kernels", table)
 
 
 def measure(settings: TimingSettings) -> KernelReport:
@@ -328,7 +330,7 @@ def _parse_options() -> argparse.Namespace:
         help="for all kernels' weights together; default: 90%% of what is free",
     )
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--readme", action="store_true", help="only rewrite README's table")
+    parser.add_argument("--docs", action="store_true", help="only rewrite the table of docs/")
     return parser.parse_args()
 
 

@@ -1,1 +1,1 @@
-"""Speed of models in vLLM, end to end: real servers and vLLM's own benchmark commands."""
+"""Models go in; how fast vLLM serves them comes out: real servers and its own bench commands."""

@@ -1,4 +1,4 @@
-"""After `import camera_serve.hf`, transformers' `from_pretrained` loads compressed models."""
+"""OUT goes in; after `import camera_serve.hf`, transformers' `from_pretrained` loads it."""
 
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,

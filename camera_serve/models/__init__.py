@@ -1,4 +1,4 @@
-"""What each model family calls its router, experts and shared experts."""
+"""A config goes in; what its family calls router, experts and shared experts comes out."""
 
 from camera_serve.models.structure import MoeStructure, Projection, describe
 

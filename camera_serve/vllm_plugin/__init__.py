@@ -1,4 +1,4 @@
-"""The vLLM plugin, entry point `register`: `vllm serve OUT` loads a CAMERA checkpoint, no flag."""
+"""OUT goes in; what vLLM serves comes out: its plugin, entry point `register`, without a flag."""
 
 import logging
 import re

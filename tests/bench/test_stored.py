@@ -12,7 +12,7 @@ def test_only_the_text_between_the_markers_changes() -> None:
     )
 
 
-@pytest.mark.parametrize("readme", ["", f"a\n{START}\n", f"{END}\n", f"{END}\n{START}\n"])
-def test_a_readme_without_both_markers_is_not_touched(readme: str) -> None:
+@pytest.mark.parametrize("page", ["", f"a\n{START}\n", f"{END}\n", f"{END}\n{START}\n"])
+def test_a_page_without_both_markers_is_not_touched(page: str) -> None:
     with pytest.raises(CameraError, match=f"put {START} and {END} in it"):
-        with_table(readme, "speed", "new")
+        with_table(page, "speed", "new")

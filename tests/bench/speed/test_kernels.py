@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench import stored
 from bench.shapes.published import SHAPES
 from bench.speed import kernel_report, kernels
 from bench.speed.contestants import Contestant
@@ -98,7 +97,7 @@ def test_ratios_are_over_the_faster_dense_kernel_of_the_same_cell() -> None:
     assert ratios == pytest.approx([0.75, 1, 1.5, 2, 1, 0.5, 1.25])
 
 
-def test_readme_table_has_a_line_per_number_of_tokens() -> None:
+def test_the_table_has_a_line_per_number_of_tokens() -> None:
     lines = kernel_report.markdown(report(*RIVALS)).splitlines()
     assert lines[0].endswith("| fastest dense | zentorch int8 | λ = 40% |")
     assert lines[2] == "| s | even | 1 | 1 | zentorch | 1.50× | 2.00× |"
@@ -162,7 +161,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *arguments: str) -> int
     command = ["kernels", "--output", str(tmp_path / "out" / "kernels.json"), *arguments]
     monkeypatch.setattr("sys.argv", command)
     # Whatever goes wrong, no test writes in the repository.
-    monkeypatch.setattr(stored, "README", tmp_path / "README.md")
+    monkeypatch.setattr(kernels, "PAGE", tmp_path / "speed.md")
     return kernels.main()
 
 
@@ -191,10 +190,10 @@ def test_a_run_times_every_kernel_in_every_cell_and_stores_it(
     assert ours < 0.95 * theirs
     assert "λ = 50%" in capsys.readouterr().out
 
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- kernels:start -->\n<!-- kernels:end -->\nb\n")
-    assert run(monkeypatch, tmp_path, "--readme", "--tokens", "3", "--routing", "even") == 0
-    rows = re.findall(r"^\| tiny .*$", readme.read_text(), flags=re.MULTILINE)
+    page = tmp_path / "speed.md"
+    page.write_text("a\n<!-- kernels:start -->\n<!-- kernels:end -->\nb\n")
+    assert run(monkeypatch, tmp_path, "--docs", "--tokens", "3", "--routing", "even") == 0
+    rows = re.findall(r"^\| tiny .*$", page.read_text(), flags=re.MULTILINE)
     assert len(rows) == 1 and rows[0].startswith("| tiny | even | 1 | 3 | ")
 
 
@@ -239,7 +238,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(
         (["--plans", "2:1", "3:0.2,2:0.6,1:0.2"], "--plans has several of 2.25 bits"),
         (["--threads", "1,4096"], "--threads 4096: this process may use"),
         (["--memory-limit", "0", "--plans", "16:1"], "raise --memory-limit to 0.0"),
-        (["--readme"], "kernels.json is missing: run `python -m bench.speed.kernels` first"),
+        (["--docs"], "kernels.json is missing: run `python -m bench.speed.kernels` first"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -260,5 +259,5 @@ def test_a_report_of_another_version_is_refused(
     path = tmp_path / "out" / "kernels.json"
     path.parent.mkdir()
     path.write_text(json.dumps({**report(*RIVALS).model_dump(mode="json"), "version": 1}))
-    assert run(monkeypatch, tmp_path, "--readme") == 1
+    assert run(monkeypatch, tmp_path, "--docs") == 1
     assert "version: Input should be 3; measure again" in capsys.readouterr().err

@@ -5,17 +5,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from camera_serve.calibration.inputs import InputRecorder, RoutedInputs, every_token
 from camera_serve.compression.quantize import cost
-from camera_serve.compression.quantize.experts import (
-    InputRecorder,
-    QuantizedExpert,
-    QuantizedRows,
-    RoutedInputs,
-    every_token,
-    quantize_experts,
-)
+from camera_serve.compression.quantize.experts import QuantizedExpert, quantize_experts
 from camera_serve.models.structure import PROJECTIONS
-from camera_serve.ragged.layer import RaggedTier
+from camera_serve.ragged.layer import QuantizedRows, RaggedTier
 
 D_MODEL = 64
 CPU = torch.device("cpu")
