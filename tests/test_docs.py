@@ -6,14 +6,17 @@ it says `--resume` or `--overwrite`. `bench` meets a fake `vllm`. Programs of `b
 they must exist and know the flags, and their own tests run them. The rest is in `RUN_ELSEWHERE`.
 """
 
+import contextlib
 import functools
 import importlib.util
+import io
 import re
+import runpy
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -100,9 +103,14 @@ def check_program(command: str) -> None:
 
 @functools.cache
 def usage(module: str) -> str:
-    command = [sys.executable, "-m", module, "--help"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return found.stdout
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit), warnings.catch_warnings():
+            # That it is imported already: nothing but its parser runs.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            runpy.run_module(module, run_name="__main__")
+    return printed.getvalue()
 
 
 @every_page
