@@ -142,12 +142,16 @@ def save(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     max_shard_size: str = "5GB",
+    original_format: bool = True,
     **config_overrides: Any,
 ) -> Path:
-    """Save `build(family, ...)` with its tokenizer in `path` and return `path`."""
+    """Save `build(family, ...)` with its tokenizer in `path` and return `path`.
+
+    Without `original_format`: experts fused and tensors named as transformers has them in memory.
+    """
     model = build(family, seed=seed, **config_overrides).to(dtype)
     logging.disable_progress_bar()
-    model.save_pretrained(path, max_shard_size=max_shard_size)
+    model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=original_format)
     _write_config(model, family, path / "config.json")
     tokenizer().save_pretrained(path)
     return path

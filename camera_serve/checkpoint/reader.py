@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +30,7 @@ from camera_serve.errors import (
 )
 from camera_serve.models import MoeStructure, describe
 from camera_serve.models.deepseek import register_deepseek
+from camera_serve.models.storage import Index, logical_tensors
 from camera_serve.recipe import describe_errors
 
 INDEX = "model.safetensors.index.json"
@@ -44,11 +45,16 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies and what it is, from the safetensors header alone."""
+    """Where a tensor lies and what it is, from the safetensors header alone.
+
+    It is `stored[index]` of the tensor named `stored` in `file`: all of it when `index` is empty.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    stored: str
+    index: Index = ()
 
     @property
     def num_bytes(self) -> int:
@@ -61,6 +67,7 @@ class Checkpoint:
     """A Hugging Face folder of a supported MoE model, dense or compressed.
 
     `raw_config` is config.json as it stands; `quantization` is None for a dense checkpoint.
+    `entries` are logical tensors (`camera_serve.models.storage`), however the files store them.
     """
 
     path: Path
@@ -91,7 +98,10 @@ class Checkpoint:
         structure = describe(config)
         if quantization:
             quantization.check(structure)
-        return cls(path, raw, config, structure, quantization, read_headers(path))
+        entries = read_headers(path)
+        if quantization is None:
+            entries = logical_entries(entries, structure, path)
+        return cls(path, raw, config, structure, quantization, entries)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,7 +154,7 @@ class Checkpoint:
         """Read one tensor onto the CPU, in its stored dtype; NaN or Inf raise `CheckpointError`."""
         entry = self.entries[name]
         try:
-            tensor = self._handle(entry.file).get_tensor(name)
+            tensor = self._handle(entry.file).get_slice(entry.stored)[entry.index]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{entry.file}: {name} cannot be read: {error}") from error
         if name.endswith(".scales") and not (tensor > 0).all():
@@ -234,7 +244,7 @@ def read_report(folder: Path) -> CompressionReport | None:
 
 
 def read_headers(path: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a folder's safetensors files, without reading weights.
+    """Every tensor that a folder's safetensors files store, without reading weights.
 
     Raises `CheckpointError` for a missing, truncated or non-safetensors file, a tensor of an
     unknown dtype, or a tensor that two files hold.
@@ -245,6 +255,37 @@ def read_headers(path: Path) -> dict[str, TensorEntry]:
             if name in entries:
                 raise CheckpointError(f"{name} is in both {entries[name].file} and {file}")
             entries[name] = entry
+    return entries
+
+
+def logical_entries(
+    stored: Mapping[str, TensorEntry], structure: MoeStructure, path: Path
+) -> dict[str, TensorEntry]:
+    """What the stored tensors of an original hold, by the names of the original format.
+
+    Raises `CheckpointError` for experts stored in both forms, a tensor stored twice, or fused
+    experts of another shape.
+    """
+    found = [
+        (part.name, replace(entry, shape=part.shape, index=part.index))
+        for entry in stored.values()
+        for part in logical_tensors(entry.stored, entry.shape, entry.file, structure)
+    ]
+    experts = tuple(f"{structure.moe_prefix(layer)}.experts." for layer in structure.moe_layers)
+    forms = {bool(part.index): part.stored for name, part in found if name.startswith(experts)}
+    if len(forms) == 2:
+        raise CheckpointError(
+            f"{path} stores experts both as {forms[True]} (fused) and as {forms[False]}: load it "
+            "with transformers and save it again, in one form"
+        )
+    entries: dict[str, TensorEntry] = {}
+    for name, part in found:
+        if name in entries:
+            raise CheckpointError(
+                f"{path} stores one tensor twice: as {entries[name].stored} in "
+                f"{entries[name].file.name} and as {part.stored} in {part.file.name}: remove one"
+            )
+        entries[name] = part
     return entries
 
 
@@ -332,7 +373,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
         with safe_open(file, framework="pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             entries = {
-                name: TensorEntry(file, tuple(part.get_shape()), part.get_dtype())
+                name: TensorEntry(file, tuple(part.get_shape()), part.get_dtype(), name)
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
