@@ -20,6 +20,13 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
+from camera_serve.checkpoint.files import (
+    INDEX,
+    NOT_DOWNLOADED,
+    is_left_out,
+    refuse_pointers,
+    side_files,
+)
 from camera_serve.checkpoint.format import CameraQuantizationConfig, Shapes, checkpoint_shapes
 from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport
 from camera_serve.errors import (
@@ -33,7 +40,6 @@ from camera_serve.models.deepseek import register_deepseek
 from camera_serve.models.storage import Index, logical_tensors
 from camera_serve.recipe import describe_errors
 
-INDEX = "model.safetensors.index.json"
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -98,7 +104,9 @@ class Checkpoint:
         structure = describe(config)
         if quantization:
             quantization.check(structure)
-        entries = read_headers(path)
+        weights = weight_files(path)
+        refuse_pointers(path, [*weights, *(path / file for file in side_files(path))])
+        entries = read_headers(weights)
         if quantization is None:
             entries = logical_entries(entries, structure, path)
         return cls(path, raw, config, structure, quantization, entries)
@@ -188,10 +196,8 @@ def resolve(model: str) -> Path:
         return path
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CheckpointError(f"{model} is not a folder with config.json and safetensors files")
-    text = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
-    patterns = ["*.safetensors", "README.md", *text]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, ignore_patterns=list(NOT_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         raise CheckpointError(
@@ -215,6 +221,7 @@ def load_config(path: Path, raw: Mapping[str, Any]) -> PreTrainedConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises `CheckpointError` when it is missing or not one."""
+    refuse_pointers(path.parent, [path])
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -243,14 +250,14 @@ def read_report(folder: Path) -> CompressionReport | None:
         ) from error
 
 
-def read_headers(path: Path) -> dict[str, TensorEntry]:
-    """Every tensor that a folder's safetensors files store, without reading weights.
+def read_headers(files: Iterable[Path]) -> dict[str, TensorEntry]:
+    """Every tensor that safetensors files store, without reading weights.
 
-    Raises `CheckpointError` for a missing, truncated or non-safetensors file, a tensor of an
-    unknown dtype, or a tensor that two files hold.
+    Raises `CheckpointError` for a truncated or non-safetensors file, a tensor of an unknown dtype,
+    or a tensor that two files hold.
     """
     entries: dict[str, TensorEntry] = {}
-    for file in _weight_files(path):
+    for file in files:
         for name, entry in _read_header(file).items():
             if name in entries:
                 raise CheckpointError(f"{name} is in both {entries[name].file} and {file}")
@@ -336,14 +343,19 @@ def _quantization(raw: Mapping[str, Any]) -> CameraQuantizationConfig | None:
     return CameraQuantizationConfig.parse(data)
 
 
-def _weight_files(path: Path) -> Iterable[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a folder that hold its model, by its index where it has one.
+
+    Raises `CheckpointError` for one that is missing, and where it is not clear which they are.
+    """
     if (path / INDEX).exists():
         names = sorted(set(_weight_map(path / INDEX)))
         for name in names:
             if not (path / name).is_file():
                 raise CheckpointError(f"{path / name} is missing: {INDEX} names it")
         return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
+    # Copies of the weights in another format may lie beside them, and adapters.
+    files = [file for file in sorted(path.glob("*.safetensors")) if not is_left_out(file.name)]
     if not files:
         pickled = sorted(p.name for p in path.glob("*.bin")) + sorted(
             p.name for p in path.glob("*.pt")

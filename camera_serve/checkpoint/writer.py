@@ -13,15 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from camera_serve.checkpoint.format import MARKER_FILE, CameraQuantizationConfig
-from camera_serve.checkpoint.reader import INDEX, Checkpoint
-from camera_serve.checkpoint.report import REPORT_FILE
+from camera_serve.checkpoint.files import INDEX, side_files
+from camera_serve.checkpoint.format import CameraQuantizationConfig
+from camera_serve.checkpoint.reader import Checkpoint, read_json
 from camera_serve.errors import OutputError
-
-SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-"""Tokenizer, chat template and generation settings; never code, never pickles."""
-
-GENERATED = {"config.json", MARKER_FILE, INDEX, REPORT_FILE}
 
 
 class ShardPlan:
@@ -93,12 +88,14 @@ def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) 
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer files, generation config, chat template and licence."""
-    for file in sorted(source.iterdir()):
-        licence = file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-        wanted = (file.suffix in SIDE_FILES or licence) and file.name not in GENERATED
-        if file.is_file() and wanted:
-            shutil.copyfile(file, target / file.name)
+    """Copy what belongs to a model beside its weights: `side_files`, as real files."""
+    for file in side_files(source):
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        settings = _settings_with_code(source / file)
+        if settings:
+            write_json(target / file, _without_code(settings))
+        else:
+            shutil.copyfile(source / file, target / file)
 
 
 def serving_config(
@@ -150,6 +147,22 @@ def publish(partial: Path, output: Path) -> None:
 def _layer_of(name: str) -> int:
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
+
+
+def _settings_with_code(file: Path) -> dict[str, Any] | None:
+    """The settings in a file if they name code of the model's own."""
+    if not file.name.endswith("_config.json") or b'"auto_map"' not in file.read_bytes():
+        return None
+    return read_json(file)
+
+
+def _without_code(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object without `auto_map`, at any depth: the code it names is in no copy."""
+    return {
+        key: _without_code(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key != "auto_map"
+    }
 
 
 def _umask() -> int:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.calibration.text import HUB_SETS, calibration_tokens
 from camera_serve.checkpoint.card import model_card
+from camera_serve.checkpoint.files import LOG_FILE, RECIPE_FILE
 from camera_serve.checkpoint.format import (
     MARKER,
     MARKER_FILE,
@@ -110,7 +111,7 @@ def compress(
     run = _Run(checkpoint, recipe, stream, workspace, ShardPlan(checkpoint))
     reporter = Reporter(checkpoint.structure.num_layers, target, on_progress)
     try:
-        with run_log(workspace.path / "camera.log"):
+        with run_log(workspace.path / LOG_FILE):
             logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
             _compress_layers(run, tokens, reporter)
             report = _write_rest(run, str(model), print_)
@@ -255,7 +256,7 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
     report = _report(run, model, print_, results, by_file)
     write_index(folder, files, report.total_bytes_after)
     write_json(folder / REPORT_FILE, report.model_dump(mode="json"))
-    write_text(folder / "camera_recipe.yaml", run.recipe.dump())
+    write_text(folder / RECIPE_FILE, run.recipe.dump())
     write_text(folder / "README.md", model_card(checkpoint.path, report))
     quantization = CameraQuantizationConfig(
         bits=run.recipe.plan.bits,

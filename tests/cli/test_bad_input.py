@@ -188,6 +188,58 @@ def test_a_missing_shard_is_refused_by_name(
     _assert_refused(run, command, model, small, shard.name, "missing")
 
 
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        WEIGHTS,
+        "model.safetensors.index.json",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model.v3",
+        "additional_chat_templates/tools.jinja",
+    ],
+)
+@pytest.mark.parametrize("command", ["compress", "analyze", "inspect", "verify"])
+def test_a_git_lfs_pointer_is_refused_with_what_to_run(
+    run: Run, copy: Path, small: list[str], name: str, command: str
+) -> None:
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text(POINTER)
+    _assert_refused(run, command, copy, small, "Git LFS pointer", name, str(copy), "git lfs pull")
+
+
+def test_all_git_lfs_pointers_are_named_at_once(run: Run, copy: Path, small: list[str]) -> None:
+    names = [WEIGHTS, "tokenizer.json", "tokenizer_config.json", "vocab.txt", "merges.txt"]
+    for name in names:
+        (copy / name).write_text(POINTER)
+    _assert_refused(run, "compress", copy, small, WEIGHTS, "merges.txt", "2 more")
+
+
+def test_git_lfs_pointers_that_are_not_read_do_no_harm(
+    run: Run, copy: Path, small: list[str]
+) -> None:
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "original/params.json"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text(POINTER)
+    result = run("compress", copy, "-o", copy.parent / "out", "--prune", "0.4", *small)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_git_lfs_pointer_in_a_compressed_checkpoint_is_refused(
+    run: Run, compressed: Path
+) -> None:
+    (compressed / "tokenizer.json").write_text(POINTER)
+    target = ["--to", "dense", "-o", compressed.parent / "out"]
+    for command, flags in (("inspect", []), ("verify", []), ("convert", target)):
+        assert_one_error(run(command, compressed, *flags), "Git LFS pointer", "tokenizer.json")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("command", ["compress", "analyze", "verify"])
 def test_a_weight_that_is_not_finite_is_refused_by_tensor(
