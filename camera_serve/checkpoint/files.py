@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from camera_serve.checkpoint.format import MARKER_FILE
 from camera_serve.checkpoint.report import REPORT_FILE
 from camera_serve.errors import CheckpointError
 
@@ -17,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 RECIPE_FILE = "camera_recipe.yaml"
 LOG_FILE = "camera.log"
 
-WRITTEN_ANEW = {"config.json", "README.md", INDEX, MARKER_FILE, REPORT_FILE, RECIPE_FILE, LOG_FILE}
+WRITTEN_ANEW = {"config.json", "README.md", REPORT_FILE, RECIPE_FILE, LOG_FILE}
 """Files of the folder itself that are made for each checkpoint, or by `compress` alone."""
 
 WEIGHTS = (

@@ -104,7 +104,7 @@ class Checkpoint:
         structure = describe(config)
         if quantization:
             quantization.check(structure)
-        weights = weight_files(path)
+        weights = _weight_files(path)
         refuse_pointers(path, [*weights, *(path / file for file in side_files(path))])
         entries = read_headers(weights)
         if quantization is None:
@@ -282,8 +282,8 @@ def logical_entries(
     forms = {bool(part.index): part.stored for name, part in found if name.startswith(experts)}
     if len(forms) == 2:
         raise CheckpointError(
-            f"{path} stores experts both as {forms[True]} (fused) and as {forms[False]}: load it "
-            "with transformers and save it again, in one form"
+            f"{path} stores experts both as {forms[True]} (fused) and as {forms[False]}: download "
+            "it or save it again, in one form"
         )
     entries: dict[str, TensorEntry] = {}
     for name, part in found:
@@ -343,7 +343,7 @@ def _quantization(raw: Mapping[str, Any]) -> CameraQuantizationConfig | None:
     return CameraQuantizationConfig.parse(data)
 
 
-def weight_files(path: Path) -> list[Path]:
+def _weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder that hold its model, by its index where it has one.
 
     Raises `CheckpointError` for one that is missing, and where it is not clear which they are.
@@ -354,21 +354,25 @@ def weight_files(path: Path) -> list[Path]:
             if not (path / name).is_file():
                 raise CheckpointError(f"{path / name} is missing: {INDEX} names it")
         return [path / name for name in names]
+    found = sorted(path.glob("*.safetensors"))
     # Copies of the weights in another format may lie beside them, and adapters.
-    files = [file for file in sorted(path.glob("*.safetensors")) if not is_left_out(file.name)]
+    files = [file for file in found if not is_left_out(file.name)]
     if not files:
-        pickled = sorted(p.name for p in path.glob("*.bin")) + sorted(
-            p.name for p in path.glob("*.pt")
-        )
-        hint = (
-            f"; it has pickled weights ({pickled[0]}): convert them to safetensors"
-            if pickled
-            else ""
-        )
-        raise CheckpointError(f"{path} holds no safetensors file{hint}")
+        others = [file.name for file in found]
+        raise CheckpointError(f"{path} holds no safetensors file{_other_weights(path, others)}")
     if len(files) > 1:
         raise CheckpointError(f"{path} has {len(files)} safetensors files but no {INDEX}")
     return files
+
+
+def _other_weights(path: Path, others: list[str]) -> str:
+    """What a folder has instead of weights that can be read, and what to do."""
+    pickled = sorted(file.name for kind in ("*.bin", "*.pt") for file in path.glob(kind))
+    if pickled:
+        return f"; it has pickled weights ({pickled[0]}): convert them to safetensors"
+    if others:
+        return f" of a whole model in the Hugging Face format, only {others[0]}: download that"
+    return ""
 
 
 def _weight_map(index: Path) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""A config goes in; what its family calls router, experts and shared experts comes out."""
+"""A config goes in; what its family calls things, and how originals store them, comes out."""
 
 from camera_serve.models.structure import MoeStructure, Projection, describe
 

@@ -67,6 +67,17 @@ def test_pickled_weights_are_never_opened(model: Path) -> None:
         Checkpoint.open(model)
 
 
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors"])
+def test_weights_of_another_format_are_not_taken_for_the_model(tmp_path: Path, name: str) -> None:
+    path = tiny_models.save("olmoe", tmp_path / "model")
+    wanted = Checkpoint.open(path).entries
+    save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, path / name)
+    assert Checkpoint.open(path).entries == wanted
+    (path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"Hugging Face format, only {name}: download"):
+        Checkpoint.open(path)
+
+
 def test_an_index_that_points_outside_the_folder_is_refused(model: Path) -> None:
     index = model / "model.safetensors.index.json"
     data = json.loads(index.read_text())
