@@ -97,12 +97,25 @@ class TierPlan(Settings):
 
 
 class Calibration(Settings):
-    """The text energies are measured on: `samples` windows of `seq_len` tokens (section 4.2)."""
+    """The text energies are measured on: `samples` windows of `seq_len` tokens (section 4.2).
 
-    source: str
+    source: a file, a folder or a data set's name, or several of them.
+    """
+
+    source: str | tuple[str, ...]
     samples: Annotated[int, Field(gt=0)] = 128
     seq_len: Annotated[int, Field(gt=1)] = 2048
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All sources, in order."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def name(self) -> str:
+        """The sources in words."""
+        return ", ".join(self.sources)
 
     @property
     def num_tokens(self) -> int:
@@ -111,9 +124,13 @@ class Calibration(Settings):
 
 
 class Recipe(Settings):
-    """Everything that decides the bytes of a compressed checkpoint, besides the model itself."""
+    """Everything that decides the bytes of a compressed checkpoint, besides the model itself.
 
-    version: Literal[1] = 1
+    Version 1 drew other windows of calibration texts above 1.5 million characters; of shorter ones
+    the same.
+    """
+
+    version: Literal[1, 2] = 2
     plan: TierPlan
     calibration: Calibration
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.95

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from camera_serve.calibration.inputs import InputRecorder, RoutedInputs, every_token
 from camera_serve.calibration.streaming import ModelStream
-from camera_serve.calibration.text import calibration_tokens
+from camera_serve.calibration.text import windows_for
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.compression.layer import set_shared
 from camera_serve.compression.quantize.gptq import solve_along_columns, solve_along_rows
@@ -63,7 +63,7 @@ def ablated(model: Path, calibration: Calibration, method: Method) -> Any:
     checkpoint = Checkpoint.open(model)
     stream = ModelStream(checkpoint, CPU, checkpoint.dtype)
     whole = load_model(model)
-    hidden = stream.embed(calibration_tokens(calibration, model))
+    hidden = stream.embed(windows_for(checkpoint, calibration).tokens)
     for layer in range(stream.structure.num_layers):
         loaded, recorder = stream.load(layer), InputRecorder()
         assert loaded.experts is not None

@@ -201,7 +201,7 @@ def _caption(result: dict[str, Any]) -> str:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """What all recipes share, without this machine's paths."""
     settings = recipe.model_dump(mode="json", exclude={"plan"})
-    settings["calibration"]["source"] = _relative(Path(recipe.calibration.source))
+    settings["calibration"]["source"] = _relative(Path(recipe.calibration.name))
     return settings
 
 

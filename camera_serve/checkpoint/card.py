@@ -55,7 +55,7 @@ def model_card(source: Path, report: CompressionReport) -> str:
         total_saved=report.saved_of_all,
         samples=calibration.samples,
         seq_len=calibration.seq_len,
-        source=Path(calibration.source).name,
+        source=", ".join(Path(source).name for source in calibration.sources),
         alpha=report.recipe.alpha,
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"

@@ -30,6 +30,7 @@ class CompressionReport(Settings):
     """A whole compression. Shares are of micro-experts (λ) and of all stored bytes.
 
     `sha256` is of each file of weights, in hexadecimal; reports of older versions have none.
+    `skipped` counts what was left out of the calibration text, by why.
     """
 
     version: int = 1
@@ -42,6 +43,7 @@ class CompressionReport(Settings):
     total_bytes_after: int
     layers: tuple[LayerReport, ...]
     sha256: Mapping[str, str] = {}
+    skipped: Mapping[str, int] = {}
 
     @property
     def saved_of_experts(self) -> float:

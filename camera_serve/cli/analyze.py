@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from camera_serve.cli.formatting import percent, table
+from camera_serve.cli.formatting import percent, skipped_line, table
 from camera_serve.cli.options import (
     CALIBRATION_FLAGS,
     RUN_FLAGS,
@@ -41,6 +41,8 @@ def analyze(model: str, output: Path, **flags: Any) -> None:
             on_progress=on_progress,
         )
     click.echo(_summary(report))
+    if report.skipped:
+        click.echo(skipped_line(report.skipped))
     click.echo(f"wrote {output}; next: camera-serve compress {model} -o OUT --prune 0.4")
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from camera_serve.cli.formatting import human_bytes, human_seconds, percent
+from camera_serve.cli.formatting import human_bytes, human_seconds, percent, skipped_line
 from camera_serve.cli.options import (
     CALIBRATION_FLAGS,
     RUN_FLAGS,
@@ -139,6 +139,7 @@ def _summary(report: "CompressionReport", output: Path) -> str:
     experts = _change(report.expert_bytes_before, report.expert_bytes_after)
     total = _change(report.total_bytes_before, report.total_bytes_after)
     lines = [f"{'expert weights':<15} {experts}", f"{'all weights':<15} {total}"]
+    lines += [skipped_line(report.skipped)] if report.skipped else []
     more = "give more calibration text if they matter"
     if unseen := [len(r.unseen_experts) for r in report.layers if r.unseen_experts]:
         lines.append(

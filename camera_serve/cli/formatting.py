@@ -1,5 +1,7 @@
 """Numbers as people read them."""
 
+from collections.abc import Mapping
+
 
 def human_bytes(count: float) -> str:
     """`1.5 GiB`."""
@@ -32,3 +34,9 @@ def table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = ("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
     return "\n".join(lines)
+
+
+def skipped_line(skipped: Mapping[str, int]) -> str:
+    """What was left out of the calibration text: `skipped 3 rows without text`."""
+    parts = (f"{count:,} {what}" for what, count in skipped.items())
+    return f"calibration text: skipped {', '.join(parts)}"

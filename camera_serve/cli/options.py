@@ -35,9 +35,11 @@ CALIBRATION_FLAGS = (
     click.option(
         "--calibration",
         metavar="SOURCE",
-        default="wikitext2",
+        multiple=True,
+        default=("wikitext2",),
         show_default=True,
-        help="Calibration text: a .txt, .jsonl or .parquet file, or wikitext2 or c4 from the hub.",
+        help="Calibration text: a .txt, .jsonl, .json, .parquet or .gz file, a folder of them, or "
+        "wikitext2 or c4 from the hub. Can be given several times.",
     ),
     click.option(
         "--samples", type=int, default=128, show_default=True, help="Calibration windows."
@@ -101,10 +103,15 @@ def calibration_values(flags: dict[str, Any]) -> dict[str, Any]:
     """The settings `calibration`, `alpha` and `dtype` out of a command's flags."""
     calibration = {name: flags[name] for name in ("samples", "seq_len", "seed")}
     return {
-        "calibration": {"source": flags["calibration"], **calibration},
+        "calibration": {"source": sources_of(flags["calibration"]), **calibration},
         "alpha": flags["alpha"],
         "dtype": flags["dtype"],
     }
+
+
+def sources_of(given: tuple[str, ...]) -> str | tuple[str, ...]:
+    """One source as it is, several as they are."""
+    return given[0] if len(given) == 1 else given
 
 
 def recipe_from(ctx: click.Context) -> "Recipe":

@@ -7,7 +7,7 @@ import click
 
 from camera_serve.cli.failures import Failure
 from camera_serve.cli.formatting import human_bytes, percent, table
-from camera_serve.cli.options import json_option, validated
+from camera_serve.cli.options import json_option, sources_of, validated
 from camera_serve.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ WRONG = 2.0
 @click.option(
     "--calibration",
     metavar="SOURCE",
+    multiple=True,
     help="With --against: also compare the output of every MoE layer on this text.",
 )
 @click.option("--samples", type=int, default=8, show_default=True, help="Windows of that text.")
@@ -38,7 +39,7 @@ WRONG = 2.0
 def verify(
     model: str,
     against: str | None,
-    calibration: str | None,
+    calibration: tuple[str, ...],
     samples: int,
     seq_len: int,
     as_json: bool,
@@ -53,7 +54,8 @@ def verify(
 
     if calibration and not against:
         raise click.UsageError("--calibration compares with the original: give --against MODEL.")
-    settings = {"source": calibration or "none", "samples": samples, "seq_len": seq_len}
+    source = sources_of(calibration) if calibration else "none"
+    settings = {"source": source, "samples": samples, "seq_len": seq_len}
     text = validated(Calibration, settings)
     original = resolve(against) if against else None
     with shown_progress() as on_progress:

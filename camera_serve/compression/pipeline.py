@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from camera_serve.calibration.documents import HUB_SETS
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
-from camera_serve.calibration.text import HUB_SETS, calibration_tokens
+from camera_serve.calibration.text import windows_for
 from camera_serve.checkpoint.card import model_card
 from camera_serve.checkpoint.files import LOG_FILE, RECIPE_FILE
 from camera_serve.checkpoint.format import (
@@ -58,6 +59,7 @@ class _Run:
     stream: ModelStream
     workspace: Workspace
     shards: ShardPlan
+    skipped: Mapping[str, int]
 
 
 def estimate(model: str | Path, recipe: Recipe, *, device: str = "auto") -> Estimate:
@@ -69,8 +71,8 @@ def estimate(model: str | Path, recipe: Recipe, *, device: str = "auto") -> Esti
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
     found = estimate_for(checkpoint, recipe, pick_device(device))
-    if recipe.calibration.source not in HUB_SETS:
-        calibration_tokens(recipe.calibration, source)
+    if HUB_SETS.keys().isdisjoint(recipe.calibration.sources):
+        windows_for(checkpoint, recipe.calibration)
     return found
 
 
@@ -98,7 +100,8 @@ def compress(
     check_fits(checkpoint, recipe)
     target = pick_device(device)
     dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
-    tokens = calibration_tokens(recipe.calibration, source)
+    windows = windows_for(checkpoint, recipe.calibration)
+    tokens = windows.tokens
     print_ = fingerprint(checkpoint, recipe, tokens, target, dtype)
     if resume and (done := _finished(output, print_)):
         return done
@@ -108,7 +111,7 @@ def compress(
     require_space(output.parent, disk_bytes(checkpoint, recipe) - written)
     workspace.start(print_, resume=resume, overwrite=overwrite)
     stream = ModelStream(checkpoint, target, dtype)
-    run = _Run(checkpoint, recipe, stream, workspace, ShardPlan(checkpoint))
+    run = _Run(checkpoint, recipe, stream, workspace, ShardPlan(checkpoint), windows.skipped)
     reporter = Reporter(checkpoint.structure.num_layers, target, on_progress)
     try:
         with run_log(workspace.path / LOG_FILE):
@@ -282,6 +285,7 @@ def _report(
         model=model if not Path(model).is_dir() else Path(model).resolve().name,
         recipe=run.recipe,
         fingerprint=print_,
+        skipped=run.skipped,
         expert_bytes_before=before.expert_bytes,
         expert_bytes_after=after,
         total_bytes_before=before.total_bytes,

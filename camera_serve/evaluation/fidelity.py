@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
-from camera_serve.calibration.text import calibration_tokens
+from camera_serve.calibration.text import windows_for
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.hf.experts import put_experts
 from camera_serve.progress import OnProgress, Reporter
@@ -43,7 +43,7 @@ def output_errors(
     Each layer is judged alone: it gets what the original's layers before it make, so that errors
     do not add up (paper, section 6.2).
     """
-    tokens = calibration_tokens(calibration, original.path)
+    tokens = windows_for(original, calibration).tokens
     stream = ModelStream(original, device, original.dtype)
     report = Reporter(stream.structure.num_layers, device, on_progress)
     hidden = stream.embed(tokens)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
-from camera_serve.calibration.text import calibration_tokens
+from camera_serve.calibration.text import windows_for
 from camera_serve.checkpoint.reader import Checkpoint, resolve
 from camera_serve.checkpoint.workspace import check_output, refuse_overlap
 from camera_serve.checkpoint.writer import publish, write_json, write_shard
@@ -45,11 +45,15 @@ class LayerSummary(Settings):
 
 
 class AnalysisReport(Settings):
-    """The analysis of a whole model, as `camera_analysis.json`."""
+    """The analysis of a whole model, as `camera_analysis.json`.
+
+    `skipped` counts what was left out of the calibration text, by why.
+    """
 
     version: int = 1
     model: str
     settings: AnalysisSettings
+    skipped: Mapping[str, int] = {}
     layers: tuple[LayerSummary, ...]
 
 
@@ -75,12 +79,13 @@ def analyze(
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
     target = pick_device(device)
-    tokens = calibration_tokens(settings.calibration, source)
+    windows = windows_for(checkpoint, settings.calibration)
     stream = ModelStream(checkpoint, target, compute_dtype(settings.dtype, checkpoint.dtype))
-    energies = _all_energies(stream, tokens, settings.alpha, on_progress)
+    energies = _all_energies(stream, windows.tokens, settings.alpha, on_progress)
     report = AnalysisReport(
         model=source.resolve().name if Path(model).is_dir() else str(model),
         settings=settings,
+        skipped=windows.skipped,
         layers=tuple(_summary(name, layer) for name, layer in energies.items()),
     )
     _write(output, energies, report)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from camera_serve import Calibration, Recipe, TierPlan, compress, estimate
-from camera_serve.calibration.text import calibration_tokens
+from camera_serve.calibration.text import calibration_windows
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.compression import sizing
 from camera_serve.errors import CalibrationError, CheckpointError, OutputError
@@ -96,7 +96,7 @@ def test_every_layer_keeps_the_highest_energies_on_the_pruned_layers_before_it(
     wanted = recipe(text, alpha=0.9).model_copy(update={"align": 1})
     compress(path, tmp_path / "out", wanted)
     kept = kept_of(path, tmp_path / "out")
-    tokens = calibration_tokens(wanted.calibration, path)
+    tokens = calibration_windows(wanted.calibration, path).tokens
     structure = pruning.structure_of(path)
     for layer in structure.moe_layers:
         everything = {
@@ -478,7 +478,7 @@ def test_the_next_layer_sees_the_weights_that_will_be_served(
     wanted = by_plan(text, "3:0.2,2:0.6,1:0.2")
     compress(model, tmp_path / "out", wanted)
     served = quantized.dequantized(model, tmp_path / "out", torch.float64)
-    tokens = calibration_tokens(wanted.calibration, model)
+    tokens = calibration_windows(wanted.calibration, model).tokens
     report = json.loads((tmp_path / "out" / "camera_report.json").read_text())
     seen: dict[str, torch.Tensor] = {}
     served.model.layers[1].mlp.gate.register_forward_hook(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from camera_serve import AnalysisSettings, Calibration, analyze
-from camera_serve.calibration.text import calibration_tokens
+from camera_serve.calibration.text import calibration_windows
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.ragged.layer import RaggedTier
 from camera_serve.ranking.energy import CoefficientSums, RoutedExpertsMeter, coefficients
@@ -66,7 +66,7 @@ def test_energies_equal_a_direct_float64_evaluation(family: str, tmp_path: Path)
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float64, experts_implementation="eager"
     ).eval()
-    wanted = direct_energies(model, calibration_tokens(calibration, path), alpha=0.95)
+    wanted = direct_energies(model, calibration_windows(calibration, path).tokens, alpha=0.95)
     structure = Checkpoint.open(path).structure
     assert {structure.to_checkpoint_name(f"{n}.")[:-1] for n in wanted} <= found.keys()
     for name, energies in wanted.items():
