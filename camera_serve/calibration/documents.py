@@ -198,8 +198,8 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
             where = f"{file}, line {number}"
             try:
                 row = json.loads(stripped)
-            except UnicodeDecodeError:
-                raise
+            except UnicodeDecodeError as error:
+                raise CalibrationError(f"{where}: not UTF-8 ({first_line(error)})") from error
             except (ValueError, RecursionError) as error:
                 raise CalibrationError(
                     f"{where}: not JSON ({first_line(error)}), wanted {ACCEPTED}"

@@ -289,7 +289,8 @@ def test_a_calibration_file_that_cannot_be_read_is_refused(
     file = tmp_path / name
     if content is not None:
         file.write_bytes(content)
-    _assert_refused(run, "compress", copy, ["--calibration", str(file)], named, name)
+    flags = ["--calibration", str(file), "--seq-len", "64"]
+    _assert_refused(run, "compress", copy, flags, named, name)
 
 
 def test_a_model_without_a_tokenizer_is_refused(run: Run, copy: Path, small: list[str]) -> None:
