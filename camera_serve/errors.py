@@ -1,5 +1,10 @@
 """Typed errors. Every message says what was found, what was wanted, and what to do."""
 
+from importlib.metadata import version
+
+TRANSFORMERS_TESTED = ("5.13.0", "5.24.0")
+"""The oldest and the newest transformers that the tests run with."""
+
 
 class CameraError(Exception):
     """Base of every error camera-serve raises for a user's mistake or a bad input."""
@@ -31,6 +36,19 @@ class OutputError(CameraError):
 
 class ServingError(CameraError):
     """vLLM was started in a version or with a setting that cannot serve the checkpoint."""
+
+
+class LibraryError(CameraError, ImportError):
+    """An installed library is of a version that camera-serve does not fit."""
+
+    @classmethod
+    def of_transformers(cls, reason: object) -> "LibraryError":
+        """What is said of a transformers that lacks something, or calls ours in another way."""
+        return cls(
+            f"transformers {version('transformers')} does not fit this camera-serve: {reason}; "
+            f"install {TRANSFORMERS_TESTED[0]} to {TRANSFORMERS_TESTED[1]}, with which it was "
+            "tested, or a newer camera-serve"
+        )
 
 
 class KernelError(CameraError):

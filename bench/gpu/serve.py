@@ -69,7 +69,7 @@ def write_skeleton(
     config = model.config
     if model.quantization:
         write_json(folder / MARKER_FILE, MARKER)
-        config = config | {"quantization_config": model.quantization.model_dump(mode="json")}
+        config = config | model.quantization.config_entries()
     write_json(folder / "config.json", config)
 
 

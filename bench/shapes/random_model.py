@@ -102,7 +102,7 @@ def write_model(
     config = model.config
     if model.quantization:
         write_json(partial / MARKER_FILE, MARKER)
-        config = config | {"quantization_config": model.quantization.model_dump(mode="json")}
+        config = config | model.quantization.config_entries()
     write_json(partial / "config.json", config)
     publish(partial, output)
     return total

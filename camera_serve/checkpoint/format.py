@@ -28,6 +28,15 @@ MARKER = {"quant_method": "camera"}
 config.json was replaced by the dense model's then meets our plugin, which refuses it, and not
 vLLM's dense loader, which takes narrower experts without a word."""
 
+NO_PLAIN_TRANSFORMERS = (
+    "none, as this is a CAMERA checkpoint: `pip install camera-serve`, then `import camera_serve.hf` "
+    "before from_pretrained (or run a program as `python -m camera_serve.hf MODULE`)"
+)
+"""What config.json says under `transformers_weights`: the one file from which transformers, 4.53 and
+later, loads weights. It refuses a name without `.safetensors` at the end, and shows it. Without it,
+it skips a `quant_method` it does not know, and fills packed experts with random numbers. vLLM does
+not read it."""
+
 Shapes = dict[str, tuple[int, ...]]
 
 Part = Literal["weight", "qweight", "scales", "zeros"]
@@ -90,6 +99,13 @@ class CameraQuantizationConfig(Settings):
             raise CheckpointError(
                 f"quantization_config is not CAMERA format {FORMAT}: {describe_errors(error)}"
             ) from error
+
+    def config_entries(self) -> dict[str, Any]:
+        """What config.json of a compressed checkpoint says beside the original's settings."""
+        return {
+            "transformers_weights": NO_PLAIN_TRANSFORMERS,
+            "quantization_config": self.model_dump(mode="json"),
+        }
 
     def layout(self, moe_prefix: str) -> LayerLayout:
         """The layout of one MoE layer, by checkpoint prefix (`model.layers.3.mlp`)."""

@@ -101,19 +101,17 @@ def copy_side_files(source: Path, target: Path) -> None:
 def serving_config(
     checkpoint: Checkpoint, quantization: CameraQuantizationConfig | None
 ) -> dict[str, Any]:
-    """config.json of the written model: the original's own text, plus `quantization_config`.
+    """config.json of the written model: the original's own text, plus what a compressed one says.
 
     Remote code is dropped (camera-serve brings what it needs), the architecture gets the name
     serving engines know, and settings they do not assume are spelled out.
     """
     family = checkpoint.structure.family
     config = dict(family.spelled_out) | checkpoint.raw_config
-    config = {key: value for key, value in config.items() if key != "auto_map"}
+    dropped = ("auto_map", "quantization_config", "transformers_weights")
+    config = {key: value for key, value in config.items() if key not in dropped}
     config["architectures"] = [family.architectures[0]]
-    config.pop("quantization_config", None)
-    if quantization:
-        config["quantization_config"] = quantization.model_dump(mode="json")
-    return config
+    return config | (quantization.config_entries() if quantization else {})
 
 
 def free_bytes(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from camera_serve.checkpoint.experts import read_experts, read_shared_experts
 from camera_serve.checkpoint.reader import Checkpoint
@@ -85,7 +86,7 @@ class RaggedSharedExperts(nn.Module):
         return out.to(hidden_states.dtype).view(hidden_states.shape)
 
 
-def remove_experts(model: nn.Module, structure: MoeStructure) -> None:
+def remove_experts(model: PreTrainedModel, structure: MoeStructure) -> None:
     """Take the experts out of a model on the meta device: `add_experts` reads them apart."""
     for moe in _moe_layers(model, structure).values():
         moe.experts = nn.Identity()
@@ -93,7 +94,7 @@ def remove_experts(model: nn.Module, structure: MoeStructure) -> None:
             setattr(moe, str(structure.family.shared_name), nn.Identity())
 
 
-def add_experts(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def add_experts(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Read the ragged experts of every MoE layer and put them where the family's own stood."""
     for layer, moe in _moe_layers(model, checkpoint.structure).items():
         put_experts(moe, checkpoint, layer, dtype)
@@ -113,8 +114,8 @@ def _tiers(modules: nn.ModuleList) -> tuple[RaggedTier[Rows], ...]:
     return tuple(module.tier() for module in modules if isinstance(module, TierModule))
 
 
-def _moe_layers(model: nn.Module, structure: MoeStructure) -> dict[int, nn.Module]:
-    # A single MoE layer's parts lie in `mlp` in every family, whatever the checkpoint calls it.
-    return {
-        layer: model.get_submodule(f"model.layers.{layer}.mlp") for layer in structure.moe_layers
-    }
+def _moe_layers(model: PreTrainedModel, structure: MoeStructure) -> dict[int, nn.Module]:
+    # A single MoE layer's parts lie in `mlp` in every family, whatever the checkpoint calls it, and
+    # the layers in the base model, which AutoModel loads alone.
+    layers = model.base_model.get_submodule("layers")
+    return {layer: layers.get_submodule(f"{layer}.mlp") for layer in structure.moe_layers}

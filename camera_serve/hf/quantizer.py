@@ -60,26 +60,25 @@ class CameraHfQuantizer(HfQuantizer):
         # missing tensors.
         self.checkpoint = Checkpoint.open(Path(checkpoint_files[0]).parent)
         remove_experts(model, self.checkpoint.structure)
-        ours = [re.escape(prefix) for prefix in self._expert_prefixes()]
+        structure = self.checkpoint.structure
+        ours = [re.escape(structure.to_hf_name(name)) for name in structure.expert_prefixes()]
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | set(ours)
         self._dtypes = {name: param.dtype for name, param in model.named_parameters()}
         return model
 
-    def _expert_prefixes(self) -> list[str]:
-        structure = self.checkpoint.structure
-        return [structure.to_hf_name(prefix) for prefix in structure.expert_prefixes()]
-
     def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Leave every layer whole: the family's plans would cut ragged experts as stacked ones."""
-        config.base_model_tp_plan = None
-        config.base_model_ep_plan = None
-        return config
+        """Make the config ours before weights are looked for; transformers up to 5.20 asks here."""
+        return _for_ragged_experts(config)
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The same as `update_tp_plan`; transformers from 5.20 on asks here."""
+        return _for_ragged_experts(config)
 
     def update_weight_conversions(
-        self, weight_conversions: list[WeightTransform]
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel | None = None
     ) -> list[WeightTransform]:
-        """Drop the converters that stack experts of equal width."""
+        """Drop the converters that stack experts of equal width; up to 5.20 without `model`."""
         return [c for c in weight_conversions if not _stacks_experts(c)]
 
     def _process_model_after_weight_loading(
@@ -103,6 +102,14 @@ class CameraHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """False: the ragged kernels are for inference."""
         return False
+
+
+def _for_ragged_experts(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Let every file be loaded, and no layer cut: a family's plans cut experts as stacked ones."""
+    vars(config).pop("transformers_weights", None)
+    config.base_model_tp_plan = None
+    config.base_model_ep_plan = None
+    return config
 
 
 def _stacks_experts(transform: WeightTransform) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, initialization
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, initialization
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -159,6 +159,7 @@ def register_deepseek() -> None:
     Its checkpoints name expert tensors as Qwen2-MoE's do, so they share that conversion.
     """
     AutoConfig.register("deepseek", DeepseekConfig, exist_ok=True)
+    AutoModel.register(DeepseekConfig, DeepseekModel, exist_ok=True)
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
     conversions: list[Any] = get_checkpoint_conversion_mapping("qwen2_moe")
     register_checkpoint_conversion_mapping("deepseek", conversions, overwrite=True)
