@@ -30,7 +30,13 @@ settings, `camera_report.json` the kept widths and the tokens each expert saw.
     pip install 'camera-serve[vllm]'
     vllm serve PATH_OR_NAME_OF_THIS_MODEL
 
-With transformers: `import camera_serve.hf`, then `AutoModelForCausalLM.from_pretrained(...)`.
+With transformers: `import camera_serve.hf`, then `AutoModelForCausalLM.from_pretrained(...)`;
+without that import transformers refuses this checkpoint. With lm-eval, in vLLM or in transformers:
+
+    pip install 'camera-serve[vllm,evaluation]'
+    export MODEL=PATH_OR_NAME_OF_THIS_MODEL
+    lm_eval --model vllm --model_args pretrained=$MODEL --tasks wikitext
+    python -m camera_serve.hf lm_eval --model hf --model_args pretrained=$MODEL --tasks wikitext
 """
 
 

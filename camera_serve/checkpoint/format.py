@@ -29,11 +29,12 @@ config.json was replaced by the dense model's then meets our plugin, which refus
 vLLM's dense loader, which takes narrower experts without a word."""
 
 NO_PLAIN_TRANSFORMERS = (
-    "none, as this is a CAMERA checkpoint: `pip install camera-serve`, then `import camera_serve.hf` "
-    "before from_pretrained (or run a program as `python -m camera_serve.hf MODULE`)"
+    "none, as this is a CAMERA checkpoint: `pip install camera-serve`, then "
+    "`import camera_serve.hf` before from_pretrained (or run a program as "
+    "`python -m camera_serve.hf MODULE`)"
 )
-"""What config.json says under `transformers_weights`: the one file from which transformers, 4.53 and
-later, loads weights. It refuses a name without `.safetensors` at the end, and shows it. Without it,
+"""What config.json says under `transformers_weights`: the one file that transformers, from 4.53 on,
+loads weights from. It refuses a name that does not end in `.safetensors`, and shows it. Without one
 it skips a `quant_method` it does not know, and fills packed experts with random numbers. vLLM does
 not read it."""
 
