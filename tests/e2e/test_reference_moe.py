@@ -1,12 +1,17 @@
 """The bundled reference MoE, compressed by the command line's own path, behind `vllm serve`."""
 
+import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from openai import OpenAI
+from openai.types.chat.chat_completion import Choice
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import camera_serve.hf  # noqa: F401  (from_pretrained then knows compressed checkpoints)
@@ -18,19 +23,50 @@ pytestmark = pytest.mark.e2e
 
 # float32, because in bfloat16 a batch of 32 and a batch of 1 round near-ties differently.
 FLAGS = ("--max-model-len", "512", "--max-num-seqs", "32", "--dtype", "float32", "--enforce-eager")
+TOOL_FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 PROMPT = "def read_json(path):\n"
+QUESTION = "How do I open a file?"
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "path": {"type": "string", "maxLength": 12},
+        "line": {"type": "integer", "minimum": 1, "maximum": 99},
+        "mode": {"enum": ["read", "write"]},
+    },
+    "required": ["path", "line", "mode"],
+    "additionalProperties": False,
+}
+TOOLS: Any = [
+    {"type": "function", "function": {"name": name, "parameters": SCHEMA, "strict": True}}
+    for name in ("open_file", "close_file")
+]
+NAMED: Any = {"type": "function", "function": {"name": "close_file"}}
 
 
 @dataclass(frozen=True)
 class Server:
     client: OpenAI
     model: str
+    blanks: tuple[str, ...]
+    """Ids of the tokens that are white space alone."""
 
     def complete(self, prompt: str, max_tokens: int = 24) -> str:
         reply = self.client.completions.create(
             model=self.model, prompt=prompt, max_tokens=max_tokens, temperature=0
         )
         return reply.choices[0].text
+
+    def answer(self, **arguments: Any) -> Choice:
+        """The answer to the question, without blanks that a grammar would let go on for ever."""
+        reply = self.client.chat.completions.create(
+            model=self.model,
+            messages=[{"role": "user", "content": QUESTION}],
+            max_tokens=128,
+            temperature=0,
+            logit_bias={token: -100 for token in self.blanks},
+            **arguments,
+        )
+        return reply.choices[0]
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +75,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     calibration = Calibration(source=str(CALIBRATION), samples=8, seq_len=512)
     compress(MODEL, output, Recipe(plan=TierPlan.prune(0.4), calibration=calibration))
     with (
-        served(output, *FLAGS) as serving,
+        served(output, *FLAGS, *TOOL_FLAGS) as serving,
         OpenAI(base_url=serving.url, api_key="none") as client,
     ):
-        yield Server(client, str(output))
+        tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        ids = range(len(tokenizer))
+        yield Server(
+            client, str(output), tuple(str(i) for i in ids if tokenizer.decode(i).isspace())
+        )
 
 
 def test_a_completion_continues_python(server: Server) -> None:
@@ -54,7 +94,7 @@ def test_a_completion_continues_python(server: Server) -> None:
 def test_a_chat_is_answered(server: Server) -> None:
     reply = server.client.chat.completions.create(
         model=server.model,
-        messages=[{"role": "user", "content": "How do I open a file?"}],
+        messages=[{"role": "user", "content": QUESTION}],
         max_tokens=16,
         temperature=0,
     )
@@ -94,3 +134,40 @@ def test_32_requests_at_once_answer_as_one_by_one(server: Server) -> None:
     with ThreadPoolExecutor(32) as pool:
         together = list(pool.map(server.complete, prompts))
     assert together == alone
+
+
+def test_an_answer_follows_a_json_schema(server: Server) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
+    answer = server.answer(response_format=wanted)
+    assert answer.finish_reason == "stop"
+    jsonschema.validate(json.loads(answer.message.content or ""), SCHEMA)
+
+
+def test_an_answer_matches_a_regular_expression(server: Server) -> None:
+    pattern = r"[a-z]{3,8}\.py: \d\d"
+    answer = server.answer(extra_body={"structured_outputs": {"regex": pattern}})
+    assert answer.finish_reason == "stop"
+    assert re.fullmatch(pattern, answer.message.content or "")
+
+
+def test_an_answer_is_one_of_the_choices(server: Server) -> None:
+    choices = ["a zebra", "a yak"]
+    answer = server.answer(extra_body={"structured_outputs": {"choice": choices}})
+    assert answer.finish_reason == "stop"
+    assert answer.message.content in choices
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [(NAMED, {"close_file"}), ("required", {"open_file", "close_file"})],
+    ids=["named", "required"],
+)
+def test_a_tool_is_called_with_arguments_of_its_schema(
+    server: Server, choice: Any, names: set[str]
+) -> None:
+    answer = server.answer(tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)
+    # By OpenAI's rules a named call ends with "stop", one the model chose with "tool_calls".
+    assert answer.finish_reason == ("stop" if choice == NAMED else "tool_calls")
+    (call,) = answer.message.tool_calls or []
+    assert call.type == "function" and call.function.name in names
+    jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
