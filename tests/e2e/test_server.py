@@ -1,5 +1,7 @@
 """`vllm serve` itself, with no flag that names the plugin, asked by the `openai` client."""
 
+import json
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 from openai import OpenAI
 
 from camera_serve.benchmark.process import VllmError
-from camera_serve.benchmark.server import served
+from camera_serve.benchmark.server import Server, served
 from tests import editing
 from tests.e2e import checkpoints
 from tests.e2e.engine import NUM_TOKENS, PROMPTS, Answer
@@ -16,13 +18,18 @@ from tests.e2e.engine import NUM_TOKENS, PROMPTS, Answer
 pytestmark = pytest.mark.e2e
 
 FLAGS = ("--max-model-len", "128", "--max-num-seqs", "8", "--dtype", "float32")
+DRAFTS = {"num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+SPECULATION = ("--speculative-config", json.dumps({"method": "ngram", **DRAFTS}))
+# The tiny model goes on repeating this one, so that guesses from the text are right.
+REPETITION = [77] * 12
+ASKED = (*PROMPTS, REPETITION)
 MISSING = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 
 @pytest.mark.parametrize(
     ("family", "flags"),
-    [("qwen2_moe", ()), ("deepseek", ("--enforce-eager",))],
-    ids=["compiled", "eager"],
+    [("qwen2_moe", ()), ("deepseek", ("--enforce-eager", *SPECULATION))],
+    ids=["compiled", "eager, speculating"],
 )
 def test_answers_over_http_equal_the_original_with_the_same_rows_zeroed(
     family: str, flags: tuple[str, ...], tmp_path: Path
@@ -31,11 +38,13 @@ def test_answers_over_http_equal_the_original_with_the_same_rows_zeroed(
     with (
         served(path, *FLAGS, *flags) as server,
         OpenAI(base_url=server.url, api_key="none") as client,
-        ThreadPoolExecutor(len(PROMPTS)) as pool,
+        ThreadPoolExecutor(len(ASKED)) as pool,
     ):
-        answers = list(pool.map(lambda prompt: _ask(client, str(path), prompt), PROMPTS))
-    wanted = checkpoints.expected(model)
+        answers = list(pool.map(lambda prompt: _ask(client, str(path), prompt), ASKED))
+        accepted = _accepted_drafts(server)
+    wanted = checkpoints.expected(model, ASKED)
     assert checkpoints.difference(answers, wanted) < checkpoints.TOLERANCE
+    assert (accepted > 0) == (flags[1:] == SPECULATION)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +85,14 @@ def _ask(client: OpenAI, model: str, prompt: list[int]) -> Answer:
     tokens = [int(_id(token)) for token in logprobs.tokens or []]
     top = [{_id(t): p for t, p in each.items()} for each in logprobs.top_logprobs or []]
     return Answer(tokens, top)
+
+
+def _accepted_drafts(server: Server) -> float:
+    """How many tokens were guessed from the text before them, and right."""
+    with urllib.request.urlopen(server.url.removesuffix("/v1") + "/metrics") as reply:
+        lines = reply.read().decode().splitlines()
+    counter = "vllm:spec_decode_num_accepted_tokens_total{"
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(counter))
 
 
 def _id(token: str) -> str:
