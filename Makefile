@@ -4,7 +4,7 @@ setup:
 	@.ci/setup
 
 test: setup
-	@for step in "ruff format --check ." "ruff check ." "mypy" "python -m pytest -n 2 --dist loadfile"; do \
+	@for step in "ruff format --check ." "ruff check ." "mypy" "python -m pytest -n 2 --dist loadfile --no-loadscope-reorder"; do \
 	  .venv/bin/$$step || { echo "test: FAILED: $$step"; exit 1; }; \
 	done; \
 	echo "test: OK"

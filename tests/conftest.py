@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,7 +12,24 @@ import pytest
 import torch
 
 
+# A file is run by one worker of pytest-xdist: the long ones come first, so that all end together.
+LONG_FIRST = (
+    "e2e/",
+    "compression/test_pipeline.py",
+    "kernels/test_triton.py",
+    "vllm_plugin/test_triton_moe.py",
+    "kernels/test_cpu_bounds.py",
+)
+
+
+def _turn(item: pytest.Item) -> int:
+    path = item.path.relative_to(Path(__file__).parent).as_posix()
+    turns = [turn for turn, start in enumerate(LONG_FIRST) if path.startswith(start)]
+    return min(turns, default=len(LONG_FIRST))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -1,7 +1,8 @@
 """vLLM engines in a process of their own: `run` starts it, `python -m tests.e2e.engine` is it.
 
 One process serves many checkpoints one after another, because importing vLLM takes longer than
-building a tiny engine. The engines run eagerly and inside the process unless a job says otherwise.
+building a tiny engine. The engines run eagerly and inside the process unless a job says otherwise;
+with several ranks, each rank is such a process.
 """
 
 import gc
@@ -10,8 +11,10 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -26,7 +29,6 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     # `apply_model` sends a function to the workers.
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
@@ -57,46 +59,67 @@ class Result:
     expert_bytes: int
 
 
-def run(jobs: list[Job], folder: Path, **environment: str) -> list[Result]:
-    """Serve the jobs in one new process; fails with its output when it fails."""
+def run(jobs: list[Job], folder: Path, ranks: int = 1, **environment: str) -> list[Result]:
+    """Serve the jobs in one new process for each rank; fails with its output when one fails."""
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    with (folder / "log").open("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.engine", str(folder)],
-            cwd=ROOT,
-            env={**os.environ, **_ENVIRONMENT, **environment},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait()
-        finally:
+    environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(_free_port())}
+    processes = [_start(folder, rank, environment) for rank in range(ranks)]
+    try:
+        # A rank whose peer has ended waits for it for ever.
+        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+            time.sleep(0.1)
+    finally:
+        for process in processes:
             # Workers outlive an engine that failed.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    assert code == 0, (folder / "log").read_text()[-6000:]
+    for rank, process in enumerate(processes):
+        assert process.returncode == 0, _log(folder, rank).read_text()[-6000:]
     return [
         Result([Answer(**answer) for answer in result["answers"]], result["expert_bytes"])
         for result in json.loads((folder / "results.json").read_text())
     ]
 
 
+def _start(folder: Path, rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    with _log(folder, rank).open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.engine", str(folder)],
+            cwd=ROOT,
+            env={**os.environ, **_ENVIRONMENT, **environment, **ranked},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"log-{rank}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _serve(job: Job) -> Result:
     from vllm import LLM, SamplingParams
 
     _inspect_here(Path(job.model))
-    arguments = {"enforce_eager": True, "dtype": "float32", **job.arguments}
-    engine = LLM(
-        job.model, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=128, **arguments
-    )
+    small = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 128}
+    small |= {"kv_cache_memory_bytes": 64 * 2**20}
+    engine = LLM(job.model, **{**small, "enforce_eager": True, "dtype": "float32", **job.arguments})
     outputs = engine.generate(
         [{"prompt_token_ids": prompt} for prompt in job.prompts],
         SamplingParams(temperature=0, max_tokens=NUM_TOKENS, logprobs=5, ignore_eos=True),
         use_tqdm=False,
     )
     expert_bytes = engine.apply_model(_expert_bytes)[0]
+    gc.freeze()
     return Result([_answer(output.outputs[0]) for output in outputs], expert_bytes)
 
 
@@ -152,16 +175,15 @@ def _inspect_here(model: Path) -> None:
 
 
 def _main(folder: Path) -> None:
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     results = []
     for job in json.loads((folder / "jobs.json").read_text()):
+        # vLLM collects garbage seven times for each engine: not among all that it imported.
+        gc.freeze()
         results.append(asdict(_serve(Job(**job))))
         for worker in multiprocessing.active_children():
             worker.kill()
-        gc.collect()
-        cleanup_dist_env_and_memory()
-    (folder / "results.json").write_text(json.dumps(results))
+    if os.environ["RANK"] == "0":
+        (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
