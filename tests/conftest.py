@@ -11,7 +11,6 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import pytest
 import torch
 
-
 # A file is run by one worker of pytest-xdist: the long ones come first, so that all end together.
 LONG_FIRST = (
     "e2e/",
