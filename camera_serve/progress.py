@@ -25,6 +25,9 @@ PROC_STATUS = Path("/proc/self/status")
 
 OnProgress = Callable[[Progress], None]
 
+OnNote = Callable[[str], None]
+"""Told one line that a person should know, and that is no error."""
+
 
 class Reporter:
     """Turns finished layers into `Progress` with a time left, from the layers of this run only."""

@@ -1,6 +1,5 @@
 """Back to a checkpoint that any engine loads: what was removed is zero, what was packed 16 bits."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,18 +8,22 @@ import torch
 from camera_serve.checkpoint.experts import read_experts, read_shared_experts
 from camera_serve.checkpoint.format import DENSE_TIERS, Shapes, dense_layout, expert_shapes
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.checkpoint.workspace import refuse_overlap
+from camera_serve.checkpoint.workspace import (
+    folder_identity,
+    refuse_overlap,
+    require_same_folder,
+    whole_output,
+)
 from camera_serve.checkpoint.writer import (
     ShardPlan,
     copy_side_files,
-    publish,
     require_space,
     serving_config,
     write_index,
     write_json,
     write_shard,
 )
-from camera_serve.errors import CheckpointError, OutputError
+from camera_serve.errors import CheckpointError
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.ragged.layer import RaggedLayer, dense_rows
 
@@ -36,20 +39,14 @@ def convert_to_dense(source: Path, output: Path) -> None:
     """
     output = output.resolve()
     refuse_overlap(source, output)
+    identity = folder_identity(source)
     checkpoint = Checkpoint.open(source)
     _check_is_compressed(checkpoint)
-    partial = output.with_name(output.name + ".partial")
-    _check_is_free(output, partial)
     shapes = _dense_expert_shapes(checkpoint)
-    require_space(output.parent, _dense_bytes(checkpoint, shapes))
-    _create(partial)
-    try:
-        _write(checkpoint, shapes, partial)
-        publish(partial, output)
-    except OSError as error:
-        raise OutputError(f"{partial} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_output(output, "convert") as folder:
+        require_space(output.parent, _dense_bytes(checkpoint, shapes))
+        _write(checkpoint, shapes, folder)
+        require_same_folder(source, identity)
 
 
 def _check_is_compressed(checkpoint: Checkpoint) -> None:
@@ -57,20 +54,6 @@ def _check_is_compressed(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.path} has no camera quantization_config: it is a dense checkpoint already"
         )
-
-
-def _check_is_free(output: Path, partial: Path) -> None:
-    if output.exists():
-        raise OutputError(f"{output} exists: choose another name")
-    if partial.exists():
-        raise OutputError(f"{partial} is left from another run: delete it, or choose another name")
-
-
-def _create(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be created: {error.strerror}") from error
 
 
 def _dense_expert_shapes(checkpoint: Checkpoint) -> dict[int, Shapes]:

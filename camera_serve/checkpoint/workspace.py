@@ -1,55 +1,78 @@
-"""`OUT.partial`: where a compression works, and what lets it resume after a kill.
+"""`OUT.partial`: where a run works before its output appears, and what lets it resume after a kill.
 
 A layer is committed when its activations are renamed into place: the shard and the layer's result
 are on disk by then. A run killed before that redoes the layer, to the same bytes.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from camera_serve.checkpoint.lock import now, sole_writer
 from camera_serve.checkpoint.reader import read_json
 from camera_serve.checkpoint.report import REPORT_FILE
-from camera_serve.checkpoint.writer import publish, write_json, write_shard
-from camera_serve.errors import OutputError
+from camera_serve.checkpoint.writer import STATE, publish, write_json, write_shard
+from camera_serve.errors import CheckpointError, OutputError
 
 Fingerprint = Mapping[str, str]
 """What decides the bytes of the output, each part by name: a run resumes only its own."""
 
 
+@dataclass(frozen=True)
+class Begun:
+    """An interrupted run of compress: since when, and on what; "" for what is not recorded."""
+
+    since: str
+    fingerprint: Fingerprint
+
+
 class Workspace:
-    """The folder a run writes to before it is renamed to `output`."""
+    """The folder a run writes to before it is renamed to `output`. One run holds it at a time."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.path = output.with_name(output.name + ".partial")
-        self.state = self.path / ".state"
+        self.path = working_folder(output)
+        self.state = self.path / STATE
+        self._begun = self.state / "fingerprint.json"
         self._hidden = self.state / "hidden.safetensors"
 
-    def start(self, fingerprint: Fingerprint, *, resume: bool, overwrite: bool) -> None:
-        """Create the folder, or take up an interrupted run of the same fingerprint.
+    def create(self, *, overwrite: bool = False) -> None:
+        """Make the folder anew, in place of what a killed run left.
 
-        Raises `OutputError` when the output exists, or an interrupted run differs.
+        Raises `OutputError` when it holds an interrupted run of compress, unless `overwrite`, or
+        when camera-serve did not make it.
         """
-        check_output(self.output, overwrite=overwrite)
-        begun = (self.state / "fingerprint.json").exists()
-        if begun and resume:
-            self._compare(fingerprint)
-            return
-        if begun and not overwrite:
+        if self._begun.exists() and not overwrite:
             raise OutputError(
-                f"{self.path} holds an interrupted run: continue it with --resume, or start over "
-                "with --overwrite"
+                f"{self.path} holds an interrupted run of compress: continue it with compress "
+                "--resume, start it over with compress --overwrite, or choose another output"
             )
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self.path.exists() and not self.state.is_dir() and not _is_empty(self.path):
+            raise OutputError(
+                f"{self.path} was not begun by camera-serve: move it away, or choose another output"
+            )
+        self.discard()
         try:
             self.state.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"{self.path} cannot be created: {error.strerror}") from error
-        write_json(self.state / "fingerprint.json", dict(fingerprint))
+
+    def record(self, fingerprint: Fingerprint) -> None:
+        """Let a later run resume from here on, if its fingerprint is the same."""
+        write_json(self._begun, {"since": now(), "fingerprint": dict(fingerprint)})
+
+    def begun(self) -> Begun | None:
+        """The interrupted run this folder holds, if any."""
+        if not self._begun.exists():
+            return None
+        found = read_json(self._begun)
+        # Before 0.2 the fingerprint stood there alone.
+        return Begun(str(found.get("since", "")), dict(found.get("fingerprint", {})))
 
     def commit(self, layer: int, result: Mapping[str, object], hidden: torch.Tensor) -> None:
         """Record a finished layer: its result, then the activations that enter the next one."""
@@ -59,7 +82,8 @@ class Workspace:
     @property
     def bytes_written(self) -> int:
         """What an earlier run of this output already takes on the disk."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        files = (*self.path.glob("*"), *self.state.glob("*"))
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     def resume_point(self) -> tuple[int, torch.Tensor | None]:
         """The next layer to compress and its input; (0, None) when nothing is committed."""
@@ -73,47 +97,91 @@ class Workspace:
         return [read_json(self._result(layer)) for layer in range(num_layers)]
 
     def discard(self) -> None:
-        """Delete the folder: the run cannot be continued."""
+        """Delete the folder: the run cannot be continued.
+
+        Killed meanwhile, it leaves a folder that nobody resumes, and that is known as ours.
+        """
+        self._begun.unlink(missing_ok=True)
+        for entry in self.path.glob("*"):
+            if entry.is_dir() and entry != self.state:
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry != self.state:
+                entry.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def publish(self) -> None:
-        """Rename the folder to its final name; the state is dropped after that."""
+    def publish(self, *, overwrite: bool | None) -> None:
+        """Rename the folder to its final name, if nobody else has taken that meanwhile."""
+        check_output(self.output, overwrite=overwrite)
         publish(self.path, self.output)
-        shutil.rmtree(self.output / ".state", ignore_errors=True)
 
     def _result(self, layer: int) -> Path:
         return self.state / f"layer-{layer:05}.json"
 
-    def _compare(self, fingerprint: Fingerprint) -> None:
-        found = read_json(self.state / "fingerprint.json")
-        if changed := differences(found, fingerprint):
-            raise OutputError(
-                f"{self.path} was begun by another run: {changed}; use the same settings, or "
-                "--overwrite to start over"
-            )
 
-
-def differences(found: Fingerprint, wanted: Fingerprint) -> str:
-    """What two fingerprints disagree on, as `part: found X, now Y`; empty when they agree."""
-    keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
-    return "; ".join(f"{key}: found {found.get(key)}, now {wanted.get(key)}" for key in keys)
+def working_folder(output: Path) -> Path:
+    """Where a run works on `output`."""
+    return output.with_name(output.name + ".partial")
 
 
 def refuse_overlap(source: Path, output: Path) -> None:
-    """Refuse an output inside the model's folder, or around it."""
-    inside = output.resolve().is_relative_to(source.resolve())
-    if inside or source.resolve().is_relative_to(output.resolve()):
-        raise OutputError(f"output {output} and model {source} overlap: write somewhere else")
+    """Refuse an output, or its working folder, inside the model's folder or around it."""
+    model, output = source.resolve(), output.resolve()
+    for folder in (output, working_folder(output) if output.name else output):
+        if folder.is_relative_to(model) or model.is_relative_to(folder):
+            raise OutputError(f"output {folder} and model {source} overlap: write somewhere else")
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse an existing output, and with `overwrite` one that camera-serve did not write."""
+def check_output(output: Path, *, overwrite: bool | None) -> None:
+    """Refuse an existing output, and with `overwrite` one that camera-serve did not write.
+
+    None is for commands that never overwrite.
+    """
     if not output.name:
         raise OutputError(f"{output} cannot be an output folder: give it a name")
     if not output.exists():
         return
     if not overwrite:
-        raise OutputError(f"{output} exists: choose another name, or replace it with --overwrite")
+        or_replace = "" if overwrite is None else ", or replace it with --overwrite"
+        raise OutputError(f"{output} exists: choose another name{or_replace}")
     ours = (output / REPORT_FILE).exists() or (output / "camera_analysis.json").exists()
     if not ours and any(output.iterdir() if output.is_dir() else [output]):
         raise OutputError(f"{output} was not written by camera-serve: it will not be overwritten")
+
+
+@contextmanager
+def whole_output(output: Path, command: str, *, overwrite: bool | None = None) -> Iterator[Path]:
+    """An empty folder that becomes `output` when the body ends, and is deleted when it fails.
+
+    Raises `OutputError` when `output` exists (see `check_output`), another run writes it or has
+    begun it, or it cannot be written.
+    """
+    with sole_writer(output, command):
+        check_output(output, overwrite=overwrite)
+        workspace = Workspace(output)
+        workspace.create()
+        try:
+            yield workspace.path
+            workspace.publish(overwrite=overwrite)
+        except OSError as error:
+            raise OutputError(f"{output} cannot be written: {error.strerror or error}") from error
+        finally:
+            workspace.discard()
+
+
+def folder_identity(folder: Path) -> tuple[int, int]:
+    """What stays the same while the folder is the same one, whatever its name."""
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def require_same_folder(source: Path, identity: tuple[int, int]) -> None:
+    """Refuse what was read from `source` when another run has put a new folder in its place.
+
+    Files are opened one after the other: some would be of the old folder, some of the new one.
+    """
+    if folder_identity(source) != identity:
+        raise CheckpointError(f"{source} was replaced while it was read: run the command again")
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())

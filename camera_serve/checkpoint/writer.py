@@ -18,6 +18,9 @@ from camera_serve.checkpoint.format import CameraQuantizationConfig
 from camera_serve.checkpoint.reader import Checkpoint, read_json
 from camera_serve.errors import OutputError
 
+STATE = ".state"
+"""The folder inside a working folder that is dropped when the output is complete."""
+
 
 class ShardPlan:
     """Which shard holds which tensor: one shard for what is outside the layers, one per layer.
@@ -132,14 +135,23 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def publish(partial: Path, output: Path) -> None:
-    """Rename a finished folder to its final name, replacing an older one there."""
-    old = output.with_name(output.name + ".old")
+    """Rename a finished folder to its final name, replacing an older one there.
+
+    The older one is moved into `partial` first, where a kill between the renames leaves both.
+    """
+    replaced = partial / STATE / "replaced"
     if output.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-    partial.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)
+        replaced.parent.mkdir(exist_ok=True)
+        output.rename(replaced)
+    try:
+        partial.rename(output)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(output)
+        raise
     _sync(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(output / STATE, ignore_errors=True)
 
 
 def _layer_of(name: str) -> int:

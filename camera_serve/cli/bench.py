@@ -1,5 +1,6 @@
 """`camera-serve bench`: how fast vLLM serves a model and its compressed checkpoints."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,7 @@ def bench(
     from camera_serve.benchmark.process import VllmError
     from camera_serve.benchmark.run import bench as run
     from camera_serve.benchmark.settings import BenchSettings
+    from camera_serve.checkpoint.lock import sole_writer
 
     settings = BenchSettings(vllm_flags=ctx.meta[FLAGS_KEY], **flags)
     _check_output(output, overwrite)
@@ -135,15 +137,19 @@ def bench(
             raise click.UsageError("--plot draws what --modes serve measures: add it.")
         _check_output(plot, overwrite)
         require_plots()
-    try:
-        report = run(models, settings, on_step=lambda step: click.echo(step, err=True))
-    except VllmError as error:
-        if error.log:
-            click.echo(error.log, err=True)
-        raise Failure(error.message) from error
-    report.write(output)
-    if plot:
-        draw(report, plot)
+    with ExitStack() as stack:
+        for file in filter(None, (output, plot)):
+            stack.enter_context(sole_writer(file, "bench"))
+            _check_output(file, overwrite)
+        try:
+            report = run(models, settings, on_step=lambda step: click.echo(step, err=True))
+        except VllmError as error:
+            if error.log:
+                click.echo(error.log, err=True)
+            raise Failure(error.message) from error
+        report.write(output)
+        if plot:
+            draw(report, plot)
     _show(report)
     click.echo(" and ".join(f"wrote {file}" for file in (output, plot) if file))
 

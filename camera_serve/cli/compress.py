@@ -99,6 +99,7 @@ def compress(ctx: click.Context, model: str, output: Path, **flags: Any) -> None
             resume=flags["resume"],
             overwrite=flags["overwrite"],
             on_progress=on_progress,
+            on_note=lambda note: click.echo(note, err=True),
         )
     click.echo(_summary(report, output))
 

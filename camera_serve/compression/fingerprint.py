@@ -1,13 +1,36 @@
-"""What decides the bytes of a compressed checkpoint, each part hashed under its own name."""
+"""What decides the bytes of a compressed checkpoint, each part under its own name."""
 
 import hashlib
 import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.recipe import Recipe
+
+FORMAT = "2"
+"""Changes whenever a part gets another meaning: only records of one format can be compared."""
+
+BLOCK = 4096
+"""Bytes read at one place of a tensor."""
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*")
+"""What a tokenizer of the supported families is made of."""
+
+_FILE, _RECIPE, _TOKENS = "file ", "recipe.", "calibration tokens"
+_WAY_BACK = {
+    "threads": "set OMP_NUM_THREADS={}",
+    "torch": "pip install torch=={}",
+    "transformers": "pip install transformers=={}",
+    "camera-serve": "pip install camera-serve=={}",
+}
 
 
 def fingerprint(
@@ -19,34 +42,114 @@ def fingerprint(
 ) -> dict[str, str]:
     """Identify a run by its inputs, so that it resumes only its own work.
 
-    Weights are identified by name, shape, dtype, file size and modification time: hashing
-    hundreds of gigabytes would take longer than the analysis.
+    The inputs count by what they hold, not by where they lie or how old they are: config and
+    tokenizer files and the tokens of the calibration text as a whole, files of weights by samples.
     """
-    recipe_parts = {
-        f"recipe.{key}": json.dumps(value) for key, value in recipe.model_dump(mode="json").items()
-    }
+    # On a GPU they decide nothing.
+    threads = {"threads": str(torch.get_num_threads())} if device.type == "cpu" else {}
     return {
-        "model config": _hash(json.dumps(checkpoint.raw_config, sort_keys=True)),
-        "model weights": _hash(_describe_weights(checkpoint)),
-        **recipe_parts,
-        "calibration tokens": _hash(json.dumps(tokens.tolist())),
+        "format": FORMAT,
+        **_model_files(checkpoint),
+        **_settings(recipe),
+        _TOKENS: _hex(hashlib.sha256(tokens.numpy().tobytes())),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "camera-serve": version("camera-serve"),
+        **threads,
+        **{package: version(package) for package in ("torch", "transformers", "camera-serve")},
     }
 
 
-def _describe_weights(checkpoint: Checkpoint) -> str:
-    files = {entry.file for entry in checkpoint.entries.values()}
-    stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    tensors = sorted(
-        (name, entry.file.name, entry.shape, entry.dtype)
-        for name, entry in checkpoint.entries.items()
-    )
-    return json.dumps([stats, tensors])
+def explain(found: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+    """Where two fingerprints differ, each with the way back to `found`; empty: nowhere.
+
+    It goes on a sentence such as "OUT was made".
+    """
+    if found.get("format") != FORMAT:
+        return "by another version of camera-serve, and its inputs cannot be compared"
+    changed = [part for part in {**wanted, **found} if found.get(part) != wanted.get(part)]
+    files = [part.removeprefix(_FILE) for part in changed if part.startswith(_FILE)]
+    said = [_about_files(files)] if files else []
+    for part in changed:
+        if part == _TOKENS and not any(map(_decides_tokens, changed)):
+            said.append("the calibration text gives other tokens: use the text of that run")
+        elif part != _TOKENS and not part.startswith(_FILE):
+            said.append(_about_value(part, found.get(part, "unset"), wanted.get(part, "unset")))
+    return f"from other inputs: {'; '.join(said)}" if said else ""
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def weights_digest(file: Path) -> str:
+    """A safetensors file by its size, its header, and blocks of every tensor.
+
+    Reads the header and at most 16 blocks of each tensor, two of most, at places that its name
+    and size fix. A tensor that differs throughout is seen for sure, one that differs in a part of
+    its bytes about twice as likely as that part is large; a few rows, or a flipped bit, are not.
+    """
+    with file.open("rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        length = handle.read(8)
+        header = handle.read(int.from_bytes(length, "little"))
+        digest = hashlib.sha256(b"%d" % size + length + header)
+        data = len(length) + len(header)
+        for name, tensor in json.loads(header).items():
+            if name != "__metadata__":
+                start, end = tensor["data_offsets"]
+                for place, count in _samples(name, end - start):
+                    digest.update(os.pread(handle.fileno(), count, data + start + place))
+    return _hex(digest)
+
+
+def _samples(name: str, size: int) -> Iterator[tuple[int, int]]:
+    """Where in a tensor to read, and how many bytes: all of a small one, else spread blocks."""
+    blocks = min(16, 2 + size // 2**24)
+    if size <= blocks * BLOCK:
+        yield 0, size
+        return
+    for block in range(blocks):
+        # Not at the same rows of every expert: an edit may have spared just those.
+        shift = zlib.crc32(f"{name} {block}".encode()) / 2**32
+        yield int((block + shift) / blocks * (size - BLOCK)), BLOCK
+
+
+def _model_files(checkpoint: Checkpoint) -> dict[str, str]:
+    weights = sorted({entry.file for entry in checkpoint.entries.values()})
+    # A network's file system answers many small reads at once as fast as one.
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        digests = dict(zip(weights, pool.map(weights_digest, weights), strict=True))
+    for file in checkpoint.path.iterdir():
+        if file.is_file() and (file.name == "config.json" or _of_tokenizer(file.name)):
+            digests[file] = _hex(hashlib.sha256(file.read_bytes()))
+    return {f"{_FILE}{file.name}": digests[file] for file in sorted(digests)}
+
+
+def _settings(recipe: Recipe) -> dict[str, str]:
+    """The recipe without the place of the calibration text: its tokens count."""
+    parts = recipe.model_dump(mode="json") | {"plan": str(recipe.plan)}
+    calibration = parts.pop("calibration")
+    del calibration["source"]
+    parts |= {f"calibration.{key}": value for key, value in calibration.items()}
+    return {f"{_RECIPE}{key}": str(value) for key, value in parts.items()}
+
+
+def _of_tokenizer(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES)
+
+
+def _decides_tokens(part: str) -> bool:
+    return part.startswith(f"{_RECIPE}calibration.") or _of_tokenizer(part.removeprefix(_FILE))
+
+
+def _about_files(names: list[str]) -> str:
+    differ = f"file {names[0]} of the model differs"
+    if len(names) > 1:
+        differ = f"{len(names)} files of the model differ, {names[0]} among them"
+    return f"{differ}: use the model of that run"
+
+
+def _about_value(part: str, found: str, wanted: str) -> str:
+    way_back = _WAY_BACK.get(part)
+    hint = f" ({way_back.format(found)})" if way_back else ""
+    return f"{part.removeprefix(_RECIPE)}: then {found}, now {wanted}{hint}"
+
+
+def _hex(digest: "hashlib._Hash") -> str:
+    return digest.hexdigest()[:16]

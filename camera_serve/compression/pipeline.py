@@ -20,15 +20,12 @@ from camera_serve.checkpoint.format import (
     CameraQuantizationConfig,
     LayerCounts,
 )
+from camera_serve.checkpoint.lock import sole_writer
 from camera_serve.checkpoint.reader import Checkpoint, read_json, resolve
 from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport, LayerReport
-from camera_serve.checkpoint.workspace import (
-    Workspace,
-    check_output,
-    differences,
-    refuse_overlap,
-)
+from camera_serve.checkpoint.workspace import Workspace, check_output, refuse_overlap
 from camera_serve.checkpoint.writer import (
+    STATE,
     ShardPlan,
     copy_side_files,
     require_space,
@@ -39,11 +36,11 @@ from camera_serve.checkpoint.writer import (
     write_shard,
     write_text,
 )
-from camera_serve.compression.fingerprint import fingerprint
+from camera_serve.compression.fingerprint import explain, fingerprint
 from camera_serve.compression.layer import CompressedLayer, compress_layer
 from camera_serve.compression.sizing import Estimate, check_fits, disk_bytes, estimate_for
 from camera_serve.errors import DamagedWeightsError, OutputError
-from camera_serve.progress import OnProgress, Reporter
+from camera_serve.progress import OnNote, OnProgress, Reporter
 from camera_serve.recipe import Recipe, Settings
 from camera_serve.runtime import compute_dtype, pick_device, run_log
 
@@ -85,11 +82,13 @@ def compress(
     resume: bool = False,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
+    on_note: OnNote = lambda note: None,
 ) -> CompressionReport:
     """Compress a MoE model into a checkpoint that `vllm serve` loads.
 
     model: a local folder or a hub name. The output appears by rename when it is complete; an
-    interrupted run stays in `OUTPUT.partial` and `resume` continues it to the same bytes.
+    interrupted run stays in `OUTPUT.partial` and `resume` continues it to the same bytes. One run
+    writes an output at a time; `on_note` is told what `resume` did not find.
     Raises `CameraError` subclasses for everything a user can set right.
     """
     source = resolve(str(model))
@@ -100,31 +99,49 @@ def compress(
     check_fits(checkpoint, recipe)
     target = pick_device(device)
     dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
-    windows = windows_for(checkpoint, recipe.calibration)
-    tokens = windows.tokens
-    print_ = fingerprint(checkpoint, recipe, tokens, target, dtype)
-    if resume and (done := _finished(output, print_)):
-        return done
-    check_output(output, overwrite=overwrite)
-    workspace = Workspace(output)
-    written = workspace.bytes_written if resume else 0
-    require_space(output.parent, disk_bytes(checkpoint, recipe) - written)
-    workspace.start(print_, resume=resume, overwrite=overwrite)
-    stream = ModelStream(checkpoint, target, dtype)
-    run = _Run(checkpoint, recipe, stream, workspace, ShardPlan(checkpoint), windows.skipped)
-    reporter = Reporter(checkpoint.structure.num_layers, target, on_progress)
-    try:
-        with run_log(workspace.path / LOG_FILE):
-            logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
-            _compress_layers(run, tokens, reporter)
-            report = _write_rest(run, str(model), print_)
-            logger.info("expert weights: %.1f%% smaller", 100 * report.saved_of_experts)
-    except DamagedWeightsError:
-        # The model fails again at the same tensor: there is nothing to resume.
-        workspace.discard()
-        raise
-    workspace.publish()
+    with sole_writer(output, "compress"):
+        windows = windows_for(checkpoint, recipe.calibration)
+        print_ = fingerprint(checkpoint, recipe, windows.tokens, target, dtype)
+        if resume and (done := _finished(output, print_)):
+            on_note(f"nothing to resume: {output} is finished already")
+            return done
+        check_output(output, overwrite=overwrite)
+        workspace = Workspace(output)
+        written = workspace.bytes_written if resume else 0
+        require_space(output.parent, disk_bytes(checkpoint, recipe) - written)
+        if not (resume and _continued(workspace, print_, on_note)):
+            workspace.create(overwrite=overwrite)
+            workspace.record(print_)
+        stream = ModelStream(checkpoint, target, dtype)
+        run = _Run(checkpoint, recipe, stream, workspace, ShardPlan(checkpoint), windows.skipped)
+        reporter = Reporter(checkpoint.structure.num_layers, target, on_progress)
+        try:
+            with run_log(workspace.path / LOG_FILE):
+                logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
+                _compress_layers(run, windows.tokens, reporter)
+                report = _write_rest(run, str(model), print_)
+                logger.info("expert weights: %.1f%% smaller", 100 * report.saved_of_experts)
+        except DamagedWeightsError:
+            # The model fails again at the same tensor: there is nothing to resume.
+            workspace.discard()
+            raise
+        workspace.publish(overwrite=overwrite)
     return report
+
+
+def _continued(workspace: Workspace, wanted: dict[str, str], on_note: OnNote) -> bool:
+    """Whether there is an interrupted run to continue; raises `OutputError` for another one."""
+    begun = workspace.begun()
+    if begun is None:
+        on_note(f"nothing to resume: {workspace.path} holds no interrupted run; starting anew")
+        return False
+    if changed := explain(begun.fingerprint, wanted):
+        since = f" at {begun.since}" if begun.since else ""
+        raise OutputError(
+            f"{workspace.path} was begun{since} {changed}; resume it with the inputs of that run, "
+            "start over with --overwrite, or choose another output"
+        )
+    return True
 
 
 def _finished(output: Path, wanted: dict[str, str]) -> CompressionReport | None:
@@ -136,12 +153,11 @@ def _finished(output: Path, wanted: dict[str, str]) -> CompressionReport | None:
         raise OutputError(
             f"{output} holds a {REPORT_FILE} of another kind: choose another output"
         ) from error
-    if changed := differences(report.fingerprint, wanted):
+    if changed := explain(report.fingerprint, wanted):
         raise OutputError(
-            f"{output} is finished, by another run: {changed}; choose another output, or "
-            "replace it with --overwrite"
+            f"{output} was made {changed}; choose another output, or replace it with --overwrite"
         )
-    shutil.rmtree(output / ".state", ignore_errors=True)
+    shutil.rmtree(output / STATE, ignore_errors=True)
     return report
 
 

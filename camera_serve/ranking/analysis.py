@@ -1,6 +1,5 @@
 """analyze(): CAMERA's ranking of every MoE layer, without changing the model (Algorithm 1)."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,9 +10,8 @@ from pydantic import Field
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.calibration.text import windows_for
 from camera_serve.checkpoint.reader import Checkpoint, resolve
-from camera_serve.checkpoint.workspace import check_output, refuse_overlap
-from camera_serve.checkpoint.writer import publish, write_json, write_shard
-from camera_serve.errors import OutputError
+from camera_serve.checkpoint.workspace import check_output, refuse_overlap, whole_output
+from camera_serve.checkpoint.writer import write_json, write_shard
 from camera_serve.progress import OnProgress, Reporter
 from camera_serve.ragged.layout import rank
 from camera_serve.ranking.layer import measure
@@ -79,16 +77,17 @@ def analyze(
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
     target = pick_device(device)
-    windows = windows_for(checkpoint, settings.calibration)
-    stream = ModelStream(checkpoint, target, compute_dtype(settings.dtype, checkpoint.dtype))
-    energies = _all_energies(stream, windows.tokens, settings.alpha, on_progress)
-    report = AnalysisReport(
-        model=source.resolve().name if Path(model).is_dir() else str(model),
-        settings=settings,
-        skipped=windows.skipped,
-        layers=tuple(_summary(name, layer) for name, layer in energies.items()),
-    )
-    _write(output, energies, report)
+    with whole_output(output, "analyze", overwrite=overwrite) as folder:
+        windows = windows_for(checkpoint, settings.calibration)
+        stream = ModelStream(checkpoint, target, compute_dtype(settings.dtype, checkpoint.dtype))
+        energies = _all_energies(stream, windows.tokens, settings.alpha, on_progress)
+        report = AnalysisReport(
+            model=source.resolve().name if Path(model).is_dir() else str(model),
+            settings=settings,
+            skipped=windows.skipped,
+            layers=tuple(_summary(name, layer) for name, layer in energies.items()),
+        )
+        _write(folder, energies, report)
     return report
 
 
@@ -137,22 +136,12 @@ def _summary(name: str, energies: LayerEnergies) -> LayerSummary:
     )
 
 
-def _write(output: Path, energies: dict[str, LayerEnergies], report: AnalysisReport) -> None:
+def _write(folder: Path, energies: dict[str, LayerEnergies], report: AnalysisReport) -> None:
     tensors = {}
     for name, layer in energies.items():
         tensors[f"{name}.experts"] = layer.experts
         tensors[f"{name}.shared"] = layer.shared
         tensors[f"{name}.tokens"] = layer.tokens
         tensors[f"{name}.ranking"] = rank(torch.cat(layer.per_expert))
-    # Not `.partial`: that name belongs to an interrupted compression of the same output.
-    partial = output.with_name(output.name + ".analysis")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        write_shard(partial / "energies.safetensors", tensors)
-        write_json(partial / "camera_analysis.json", report.model_dump(mode="json"))
-        publish(partial, output)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    write_shard(folder / "energies.safetensors", tensors)
+    write_json(folder / "camera_analysis.json", report.model_dump(mode="json"))

@@ -93,9 +93,10 @@ def test_an_existing_output_is_refused_and_untouched(tmp_path):
 def test_a_foreign_partial_folder_is_refused_and_untouched(tmp_path):
     _, compressed, _ = compress(tmp_path, "olmoe")
     (tmp_path / "out.partial").mkdir()
-    with pytest.raises(OutputError, match="left from another run"):
+    (tmp_path / "out.partial" / "mine").write_text("keep")
+    with pytest.raises(OutputError, match="was not begun by camera-serve: move it away"):
         convert_to_dense(compressed, tmp_path / "out")
-    assert (tmp_path / "out.partial").exists()
+    assert [f.name for f in (tmp_path / "out.partial").iterdir()] == ["mine"]
 
 
 def test_a_dense_checkpoint_is_refused(tmp_path):
