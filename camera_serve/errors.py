@@ -1,9 +1,15 @@
 """Typed errors. Every message says what was found, what was wanted, and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 TRANSFORMERS_TESTED = ("5.13.0", "5.24.0")
 """The oldest and the newest transformers that the tests run with."""
+
+LONGEST_REASON = 300
+"""Characters of another library's message: some print the whole of what they refuse."""
 
 
 class CameraError(Exception):
@@ -27,7 +33,10 @@ class CheckpointError(CameraError):
 
 
 class DamagedWeightsError(CheckpointError):
-    """A weight is NaN or Inf, or a scale is not positive: reading it again gives the same."""
+    """A weight is NaN or Inf, or a scale is not positive, or a layer cannot be run, or only to NaN.
+
+    Trying again gives the same.
+    """
 
 
 class OutputError(CameraError):
@@ -62,3 +71,26 @@ class KernelBuildError(CameraError):
 def first_line(error: Exception) -> str:
     """The first line of another library's message, or the error's kind when it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def described(error: Exception) -> str:
+    """Another library's error in one line, its kind first: `KeyError: 'yarnx'` is no sentence."""
+    first, *more = str(error).splitlines() or [""]
+    # Below "Validation error for field 'x':" stand kind and reason; below others, stack frames.
+    text = more[0] if more and first.endswith(":") else f"{type(error).__name__}: {first}"
+    return text.strip()[:LONGEST_REASON]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: torch has its own kinds of it, both RuntimeErrors."""
+    names = ("MemoryError", "OutOfMemoryError")
+    return type(error).__name__ in names or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Put the file first in the message of a `CameraError` that is raised inside."""
+    try:
+        yield
+    except CameraError as error:
+        raise type(error)(f"{file}: {error}") from error

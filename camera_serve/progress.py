@@ -5,13 +5,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+
+Unit = Literal["layers", "bytes"]
+"""What a step counts: decoder layers, or bytes read."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One report: `done` of `total` decoder layers; times in seconds, memory in bytes."""
+    """One report: `done` of `total` layers or bytes; times in seconds, memory in bytes."""
 
     step: str
     done: int
@@ -19,6 +23,7 @@ class Progress:
     elapsed: float
     eta: float | None
     peak_bytes: int
+    unit: Unit = "layers"
 
 
 PROC_STATUS = Path("/proc/self/status")
@@ -30,26 +35,38 @@ OnNote = Callable[[str], None]
 
 
 class Reporter:
-    """Turns finished layers into `Progress` with a time left, from the layers of this run only."""
+    """Turns what is done into `Progress` with a time left, from the work of this run only."""
 
-    def __init__(self, total: int, device: torch.device, on_progress: OnProgress | None) -> None:
+    def __init__(
+        self,
+        total: int,
+        device: torch.device,
+        on_progress: OnProgress | None,
+        unit: Unit = "layers",
+    ) -> None:
         self.total = total
+        self.unit = unit
         self.device = device
         self.on_progress = on_progress
         self.start = time.monotonic()
         self.first: int | None = None
+        self.done = 0
 
     def __call__(self, step: str, done: int) -> None:
-        """Report that `done` layers are finished, some of them perhaps by an earlier run."""
+        """Report that `done` of the total is finished, some of it perhaps by an earlier run."""
+        self.done = done
         if self.first is None:
             self.first = done
         elapsed = time.monotonic() - self.start
         finished = done - self.first
         eta = elapsed / finished * (self.total - done) if finished else None
         if self.on_progress:
-            self.on_progress(
-                Progress(step, done, self.total, elapsed, eta, peak_memory(self.device))
-            )
+            peak = peak_memory(self.device)
+            self.on_progress(Progress(step, done, self.total, elapsed, eta, peak, self.unit))
+
+    def advance(self, step: str, amount: int) -> None:
+        """Report `amount` more than before."""
+        self(step, self.done + amount)
 
 
 def peak_memory(device: torch.device) -> int:

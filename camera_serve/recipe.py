@@ -143,13 +143,14 @@ class Recipe(Settings):
     def load(cls, path: Path) -> Self:
         """Read a recipe from YAML; raises `RecipeError` that names the setting at fault."""
         try:
-            return cls.model_validate(yaml.safe_load(path.read_text()))
+            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe {path} is not YAML: {error}") from error
         except ValidationError as error:
             raise RecipeError(f"recipe {path}: {describe_errors(error)}") from error
+        # A ValueError is bytes that are no UTF-8, or a date that is none.
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise RecipeError(f"recipe {path} is not YAML: {error}") from error
 
     def dump(self) -> str:
         """The recipe as YAML, as `load` reads it."""

@@ -1,5 +1,6 @@
 """`vllm bench serve`, `throughput` and `latency`: run to the end, and their JSON as figures."""
 
+import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from camera_serve.benchmark.process import VllmError, running, tail
 from camera_serve.benchmark.report import LatencyRun, ServingRun, ThroughputRun, Times
 from camera_serve.benchmark.server import POLL_SECONDS, Server
 from camera_serve.benchmark.settings import BenchSettings, Load
-from camera_serve.checkpoint.reader import read_json
 
 WARM_UPS = 3
 LATENCY_ITERATIONS = 8
@@ -123,7 +123,7 @@ def _finish(
         if server:
             server.require_alive()
         raise VllmError(f"vllm bench {mode} ended with code {process.returncode}", tail(log))
-    return _Found(read_json(folder / RESULT))
+    return _Found(json.loads((folder / RESULT).read_text()))
 
 
 def _times(found: Mapping[str, Any], name: str) -> Times:

@@ -7,6 +7,7 @@ router; only the experts are ours, behind the interface every family shares:
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from camera_serve.calibration.prefetch import reading_ahead
 from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.errors import CameraError, DamagedWeightsError, described, is_out_of_memory
+from camera_serve.models.building import build_on_meta
 from camera_serve.models.structure import PROJECTIONS
 from camera_serve.ragged.layer import RaggedLayer, RaggedTier, ragged_moe
+
+logger = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 16384
 """Tokens run through a layer at once: enough to fill a GPU, small beside one layer's weights."""
@@ -81,8 +85,7 @@ class ModelStream:
         # transformers' own model forward runs a stack of one: it makes masks and rotary tables
         # as the family wants them, and only its first `num_hidden_layers` layers are looked at.
         config = copy.deepcopy(checkpoint.config)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = build_on_meta(config, dtype).eval()
         self.stack = model.model
         self.layers = list(self.stack.layers)
         self.layer_types = list(getattr(config, "layer_types", None) or [])
@@ -145,17 +148,46 @@ class ModelStream:
     def outputs(
         self, layer: int, loaded: StreamedLayer, hidden: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """The layer's outputs, batch by batch of about `TOKENS_PER_BATCH` tokens."""
+        """The layer's outputs, batch by batch of about `TOKENS_PER_BATCH` tokens.
+
+        Raises `DamagedWeightsError` where config.json and weights make nothing, or NaN or Inf.
+        """
         self.stack.layers = nn.ModuleList([loaded.module])
         if self.layer_types:
             self.stack.config.layer_types = [self.layer_types[layer]]
         try:
             for batch in hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1])):
-                inputs = batch.to(self.device)
-                yield self.stack(inputs_embeds=inputs, use_cache=False).last_hidden_state.cpu()
+                output = self._output(layer, batch)
+                if not output.isfinite().all():
+                    raise DamagedWeightsError(self._not_finite(layer, output))
+                yield output
         finally:
             # Or this layer would still be held while the next one is read.
             self.stack.layers = nn.ModuleList()
+
+    def _output(self, layer: int, batch: torch.Tensor) -> torch.Tensor:
+        inputs = batch.to(self.device)
+        try:
+            return self.stack(inputs_embeds=inputs, use_cache=False).last_hidden_state.cpu()
+        except Exception as error:  # transformers checks few settings: the rest fails in its code.
+            broken = type(error).__name__ == "AcceleratorError"
+            if broken or isinstance(error, CameraError) or is_out_of_memory(error):
+                raise
+            logger.info("layer %d cannot be run", layer, exc_info=True)
+            raise DamagedWeightsError(
+                f"{self.checkpoint.path / 'config.json'}: layer {layer} cannot be run with these "
+                f"settings: {described(error)}"
+            ) from error
+
+    def _not_finite(self, layer: int, output: torch.Tensor) -> str:
+        bad = int((~output.isfinite()).any(-1).sum())
+        narrow = "use --dtype bfloat16 or float32"
+        other = "config.json is not that of these weights, or they are damaged"
+        return (
+            f"{self.checkpoint.path}: layer {layer} makes NaN or Inf of {bad} of "
+            f"{output[..., 0].numel()} tokens when computed in {self.dtype}: "
+            f"{narrow if self.dtype == torch.float16 else other}"
+        )
 
     def _weights(self, layer: int, module: nn.Module) -> dict[str, torch.Tensor]:
         prefix = self.structure.to_hf_name(self.structure.layer_prefix(layer))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from camera_serve.calibration.documents import Documents
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.errors import CalibrationError, first_line
+from camera_serve.errors import CalibrationError, described
 from camera_serve.recipe import Calibration
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class _Tokenizer:
             # A tokenizer may be any program: whatever it raises, this text is not for it.
             raise CalibrationError(
                 f"the tokenizer of {self._model} fails on the calibration text "
-                f"({first_line(error)}): put the model's own tokenizer files there, or give other "
+                f"({described(error)}): put the model's own tokenizer files there, or give other "
                 "text"
             ) from error
         # Without tokenizer files transformers builds one that knows no word of any text.
@@ -212,7 +212,7 @@ def load_tokenizer(model: Path) -> Any:
     except Exception as error:
         # transformers and the libraries below it raise what they like for damaged files.
         raise CalibrationError(
-            f"{model} has no tokenizer that loads ({first_line(error)}): put the model's tokenizer "
+            f"{model} has no tokenizer that loads ({described(error)}): put the model's tokenizer "
             "files there"
         ) from error
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-import torch
 from pydantic import Field, ValidationError, model_validator
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from camera_serve.errors import CheckpointError
 from camera_serve.models import MoeStructure
+from camera_serve.models.building import build_on_meta
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.ragged.layout import LayerLayout
 from camera_serve.ragged.packing import CODES_PER_UNIT, words_per_row
@@ -209,10 +209,10 @@ def checkpoint_shapes(
 ) -> Shapes:
     """Every tensor a checkpoint must hold, by name; `quantization` None means the dense model.
 
-    The names outside the experts come from transformers' own model, built on the meta device.
+    The names outside the experts come from transformers' own model, built on the meta device;
+    raises `CheckpointError` for a config that it cannot be built from.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = build_on_meta(config)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     experts = structure.expert_prefixes()
     shapes: Shapes = {}

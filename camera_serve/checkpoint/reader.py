@@ -10,12 +10,7 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
@@ -33,10 +28,13 @@ from camera_serve.errors import (
     CheckpointError,
     DamagedWeightsError,
     UnsupportedModelError,
+    described,
     first_line,
+    naming,
 )
 from camera_serve.models import MoeStructure, describe
 from camera_serve.models.deepseek import register_deepseek
+from camera_serve.models.families import FAMILIES, MOST
 from camera_serve.models.storage import Index, logical_tensors
 from camera_serve.recipe import describe_errors
 
@@ -99,11 +97,12 @@ class Checkpoint:
     def open_unchecked(cls, path: Path) -> Self:
         """Like `open`, without comparing tensors to the config."""
         raw = read_json(path / "config.json")
-        quantization = _quantization(raw)
-        config = load_config(path, raw)
-        structure = describe(config)
-        if quantization:
-            quantization.check(structure)
+        with naming(path / "config.json"):
+            quantization = _quantization(raw)
+            config = load_config(path, raw)
+            structure = describe(config)
+            if quantization:
+                quantization.check(structure)
         weights = _weight_files(path)
         refuse_pointers(path, [*weights, *(path / file for file in side_files(path))])
         entries = read_headers(weights)
@@ -120,7 +119,8 @@ class Checkpoint:
     @cached_property
     def expected_shapes(self) -> Shapes:
         """Every tensor config.json asks for."""
-        return checkpoint_shapes(self.config, self.structure, self.quantization)
+        with naming(self.path / "config.json"):
+            return checkpoint_shapes(self.config, self.structure, self.quantization)
 
     @cached_property
     def expert_names(self) -> frozenset[str]:
@@ -174,8 +174,8 @@ class Checkpoint:
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise DamagedWeightsError(
-                f"{entry.file}: {name} holds {bad} NaN or Inf values of {tensor.numel()}; download "
-                "the model again, or repair the weights"
+                f"{entry.file}: {name} holds {bad} NaN or Inf values of {tensor.numel()}: copy the "
+                "file again from where it came from, or repair the weights"
             )
         return tensor
 
@@ -206,31 +206,62 @@ def resolve(model: str) -> Path:
 
 
 def load_config(path: Path, raw: Mapping[str, Any]) -> PreTrainedConfig:
-    """config.json as a transformers config, DeepSeek v1 included, without remote code."""
+    """config.json as a transformers config, DeepSeek v1 included, without remote code.
+
+    raw: what it holds. Raises `UnsupportedModelError` for a model type nobody here knows,
+    `CheckpointError` with transformers' reason for a config that it refuses.
+    """
     register_deepseek()
-    if not isinstance(raw.get("model_type"), str):
-        raise CheckpointError(f"{path / 'config.json'} names no model_type")
+    model_type, layers = raw.get("model_type"), raw.get("num_hidden_layers")
+    if not isinstance(model_type, str):
+        raise CheckpointError("names no model_type")
+    # transformers would list them all.
+    if isinstance(layers, int) and layers > MOST:
+        raise CheckpointError(f"num_hidden_layers is {layers}: wanted 1 to {MOST}")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
-        reason = first_line(error)
+    except Exception as error:  # transformers checks few settings: the rest fails in its code.
+        if model_type in FAMILIES:
+            raise CheckpointError(f"transformers refuses it: {described(error)}") from error
         raise UnsupportedModelError(
-            f"{path / 'config.json'}: model type {raw['model_type']!r} is not understood: {reason}"
+            f"model type {model_type!r} is not understood: {first_line(error)}"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises `CheckpointError` when it is missing or not one."""
+    """A JSON object from a file; raises `CheckpointError` when it is missing or not one.
+
+    Refused is what others would read in another way: NaN, and a key with two values.
+    """
     refuse_pointers(path.parent, [path])
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_one_value_per_key,
+            parse_constant=_no_number,
+        )
+        # Half a surrogate pair is an escape that JSON can spell and no file can hold.
+        json.dumps(data, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: this is not a model folder") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, wanted a JSON object")
     return data
+
+
+def _one_value_per_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in data and data[key] != value:
+            raise ValueError(f"{key!r} has two values: {data[key]!r:.100} and {value!r:.100}")
+        data[key] = value
+    return data
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def read_report(folder: Path) -> CompressionReport | None:
@@ -394,7 +425,8 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
             }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is truncated or not a safetensors file ({error}); copy or download it again"
+            f"{file} is truncated or not a safetensors file ({error}): copy it again from where it "
+            "came from"
         ) from error
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:

@@ -1,10 +1,17 @@
 """What a compression did, as `camera_report.json`: versioned, and without times: it reproduces."""
 
 from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from camera_serve.recipe import Recipe, Settings
 
 REPORT_FILE = "camera_report.json"
+
+Count = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, Field(pattern=r"^(?:[^/\\\x00]*[^/\\\x00.]/)*[^/\\\x00]*[^/\\\x00.]$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class LayerReport(Settings):
@@ -14,11 +21,11 @@ class LayerReport(Settings):
     """
 
     layer: str
-    expert_d_ff: tuple[int, ...]
-    shared_d_ff: tuple[int, ...]
-    tokens_per_expert: tuple[int, ...]
+    expert_d_ff: tuple[Count, ...]
+    shared_d_ff: tuple[Count, ...]
+    tokens_per_expert: tuple[Count, ...]
     energy_kept: float
-    rounded_experts: tuple[int, ...] = ()
+    rounded_experts: tuple[Count, ...] = ()
 
     @property
     def unseen_experts(self) -> tuple[int, ...]:
@@ -29,21 +36,22 @@ class LayerReport(Settings):
 class CompressionReport(Settings):
     """A whole compression. Shares are of micro-experts (λ) and of all stored bytes.
 
-    `sha256` is of each file of weights, in hexadecimal; reports of older versions have none.
+    `sha256` is of each file that an engine reads, in hexadecimal: weights, config.json, tokenizer.
+    Reports of older versions have those of weights alone, or none.
     `skipped` counts what was left out of the calibration text, by why.
     """
 
-    version: int = 1
+    version: Literal[1] = 1
     model: str
     recipe: Recipe
     fingerprint: Mapping[str, str]
-    expert_bytes_before: int
-    expert_bytes_after: int
-    total_bytes_before: int
-    total_bytes_after: int
+    expert_bytes_before: Annotated[int, Field(gt=0)]
+    expert_bytes_after: Count
+    total_bytes_before: Annotated[int, Field(gt=0)]
+    total_bytes_after: Count
     layers: tuple[LayerReport, ...]
-    sha256: Mapping[str, str] = {}
-    skipped: Mapping[str, int] = {}
+    sha256: Mapping[FileName, Sha256] = {}
+    skipped: Mapping[str, Count] = {}
 
     @property
     def saved_of_experts(self) -> float:

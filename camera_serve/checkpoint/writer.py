@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from camera_serve.checkpoint.files import INDEX, side_files
-from camera_serve.checkpoint.format import CameraQuantizationConfig
+from camera_serve.checkpoint.format import MARKER_FILE, CameraQuantizationConfig
 from camera_serve.checkpoint.reader import Checkpoint, read_json
 from camera_serve.errors import OutputError
 
 STATE = ".state"
 """The folder inside a working folder that is dropped when the output is complete."""
+
+BYTES_AT_ONCE = 2**24
+"""Of a file that is hashed."""
 
 
 class ShardPlan:
@@ -58,10 +61,20 @@ def write_shard(
         raise OutputError(f"{path} cannot be written: {error}") from error
 
 
-def sha256_of(path: Path) -> str:
-    """A file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, hashed: Callable[[int], None] = lambda num_bytes: None) -> str:
+    """A file's SHA-256 in hexadecimal; `hashed` is told the bytes of each part once it is done."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(BYTES_AT_ONCE):
+            digest.update(part)
+            hashed(len(part))
+    return digest.hexdigest()
+
+
+def sha256_of_side_files(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of what an engine reads beside weights: config.json, tokenizer, template."""
+    names = {*map(str, side_files(folder)), "config.json", INDEX, MARKER_FILE}
+    return {name: sha256_of(folder / name) for name in sorted(names) if (folder / name).is_file()}
 
 
 def write_text(path: Path, text: str) -> None:

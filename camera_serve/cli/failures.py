@@ -6,7 +6,7 @@ from typing import IO, Any
 
 import click
 
-from camera_serve.errors import CameraError
+from camera_serve.errors import CameraError, is_out_of_memory
 
 
 class Failure(click.ClickException):
@@ -44,14 +44,9 @@ class FriendlyGroup(click.Group):
             where = f"{error.filename}: " if error.filename else ""
             raise Failure(f"{where}{error.strerror or error}") from error
         except (MemoryError, RuntimeError) as error:
-            # torch has its own kinds of out-of-memory, both RuntimeErrors; any other is a bug.
-            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise Failure("out of memory: use fewer --samples or a shorter --seq-len") from error
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _how_to_go_on(command: str | None) -> str:

@@ -13,6 +13,9 @@ from camera_serve.cli.interrupts import interrupts_kept
 if TYPE_CHECKING:
     from camera_serve.progress import OnProgress, Progress
 
+SECONDS_APART = 10
+"""Between two lines of a log about bytes."""
+
 
 @contextmanager
 def shown_progress() -> Iterator["OnProgress"]:
@@ -29,16 +32,15 @@ def shown_progress() -> Iterator["OnProgress"]:
 @contextmanager
 def _shown() -> Iterator["OnProgress"]:
     if not sys.stderr.isatty():
-        yield _print_line
+        yield _lines()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import BarColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    status = TextColumn("{task.fields[status]}")
-    with Bar(*columns, status, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None, status="")
+    columns = ("{task.description}", BarColumn(), "{task.fields[count]}", "{task.fields[status]}")
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None, count="", status="")
 
         def update(progress: "Progress") -> None:
             bar.update(
@@ -46,15 +48,32 @@ def _shown() -> Iterator["OnProgress"]:
                 description=progress.step,
                 completed=progress.done,
                 total=progress.total,
+                count=_count(progress),
                 status=_status(progress),
             )
 
         yield update
 
 
-def _print_line(progress: "Progress") -> None:
-    line = f"{progress.step}  {progress.done}/{progress.total} layers  {_status(progress)}"
-    click.echo(line, err=True)
+def _lines() -> "OnProgress":
+    """A line per layer; bytes are reported too often for that, so one in `SECONDS_APART`."""
+    last = 0.0
+
+    def show(progress: "Progress") -> None:
+        nonlocal last
+        early = progress.elapsed - last < SECONDS_APART and 0 < progress.done < progress.total
+        if progress.unit == "bytes" and early:
+            return
+        last = progress.elapsed
+        click.echo(f"{progress.step}  {_count(progress)}  {_status(progress)}", err=True)
+
+    return show
+
+
+def _count(progress: "Progress") -> str:
+    if progress.unit == "bytes":
+        return f"{human_bytes(progress.done)} of {human_bytes(progress.total)}"
+    return f"{progress.done}/{progress.total} layers"
 
 
 def _status(progress: "Progress") -> str:

@@ -100,8 +100,12 @@ def _report(verification: "Verification") -> str:
         "the names and shapes config.json implies, and every weight is finite"
     )
     if verification.num_checksums:
+        others = (
+            f" and {verification.num_side_checksums} more that engines read, config.json first,"
+        )
         checked += (
-            f"\nOK: {verification.num_checksums} files of weights are, by their SHA-256, those "
+            f"\nOK: {verification.num_checksums} files of weights"
+            f"{others if verification.num_side_checksums else ''} are, by their SHA-256, those "
             "that compress wrote"
         )
     if verification.against is None:

@@ -31,6 +31,7 @@ from camera_serve.checkpoint.writer import (
     require_space,
     serving_config,
     sha256_of,
+    sha256_of_side_files,
     write_index,
     write_json,
     write_shard,
@@ -256,7 +257,7 @@ def _warn_unseen(report: LayerReport) -> None:
 
 
 def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionReport:
-    """Everything but the layers: the other shards, side files, index, report, card, config last."""
+    """Everything but the layers: the other shards, side files, index, card, config, report last."""
     checkpoint, folder, shards = run.checkpoint, run.workspace.path, run.shards
     num_layers = checkpoint.structure.num_layers
     results = [LayerResult.model_validate(r) for r in run.workspace.results(num_layers)]
@@ -272,9 +273,8 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
     copy_side_files(checkpoint.path, folder)
     files = {shards.file_name(shard): held for shard, held in enumerate(names)}
     by_file = {file: sha256[shard] for shard, file in enumerate(files)}
-    report = _report(run, model, print_, results, by_file)
+    report = _report(run, model, print_, results)
     write_index(folder, files, report.total_bytes_after)
-    write_json(folder / REPORT_FILE, report.model_dump(mode="json"))
     write_text(folder / RECIPE_FILE, run.recipe.dump())
     write_text(folder / "README.md", model_card(checkpoint.path, report))
     quantization = CameraQuantizationConfig(
@@ -285,15 +285,14 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
     )
     write_json(folder / MARKER_FILE, MARKER)
     write_json(folder / "config.json", serving_config(checkpoint, quantization))
+    checksums = by_file | sha256_of_side_files(folder)
+    report = report.model_copy(update={"sha256": checksums})
+    write_json(folder / REPORT_FILE, report.model_dump(mode="json"))
     return report
 
 
 def _report(
-    run: _Run,
-    model: str,
-    print_: dict[str, str],
-    results: list[LayerResult],
-    sha256: dict[str, str],
+    run: _Run, model: str, print_: dict[str, str], results: list[LayerResult]
 ) -> CompressionReport:
     before, after = run.checkpoint, sum(result.expert_bytes for result in results)
     stored = sum(before.entries[name].num_bytes for shard in run.shards.shards for name in shard)
@@ -307,5 +306,4 @@ def _report(
         total_bytes_before=before.total_bytes,
         total_bytes_after=stored - before.expert_bytes + after,
         layers=tuple(result.report for result in results if result.report),
-        sha256=sha256,
     )

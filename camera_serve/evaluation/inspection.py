@@ -8,6 +8,8 @@ from typing import Any
 
 from camera_serve.checkpoint.format import DENSE_TIERS, dense_layout, expert_shapes
 from camera_serve.checkpoint.reader import Checkpoint, read_report
+from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport
+from camera_serve.errors import CheckpointError
 from camera_serve.models.structure import PROJECTIONS
 from camera_serve.ragged.layout import LayerLayout
 
@@ -139,7 +141,8 @@ def inspect(path: Path) -> Inspection:
     """
     checkpoint = Checkpoint.open(path)
     structure = checkpoint.structure
-    tokens = _tokens_per_expert(path)
+    report = report_of(checkpoint)
+    tokens = {layer.layer: layer.tokens_per_expert for layer in report.layers} if report else {}
     return Inspection(
         path=path,
         model_type=structure.family.model_type,
@@ -196,7 +199,32 @@ def _inspect_layer(
     )
 
 
-def _tokens_per_expert(path: Path) -> dict[str, tuple[int, ...]]:
-    """Calibration tokens of each expert, by MoE layer prefix; empty without a report."""
-    report = read_report(path)
-    return {layer.layer: layer.tokens_per_expert for layer in report.layers} if report else {}
+def report_of(checkpoint: Checkpoint) -> CompressionReport | None:
+    """The report beside a checkpoint, if there is one.
+
+    Raises `CheckpointError` where it tells of another compression than config.json.
+    """
+    report, structure = read_report(checkpoint.path), checkpoint.structure
+    if report is None:
+        return None
+    if checkpoint.quantization and report.recipe != checkpoint.quantization.recipe:
+        raise CheckpointError(_of_another("recipe", checkpoint.path))
+    layouts = {structure.moe_prefix(n): _layout(checkpoint, n) for n in structure.moe_layers}
+    if sorted(layer.layer for layer in report.layers) != sorted(layouts):
+        raise CheckpointError(_of_another("list of layers", checkpoint.path))
+    for layer in report.layers:
+        wanted = layouts[layer.layer]
+        if (layer.expert_d_ff, layer.shared_d_ff) != (wanted.expert_d_ff, wanted.shared_d_ff):
+            raise CheckpointError(_of_another(f"d_ff of {layer.layer}", checkpoint.path))
+        if len(layer.tokens_per_expert) != structure.num_experts:
+            raise CheckpointError(
+                _of_another(f"number of experts in {layer.layer}", checkpoint.path)
+            )
+    return report
+
+
+def _of_another(what: str, folder: Path) -> str:
+    return (
+        f"{folder / REPORT_FILE} has another {what} than config.json: one of them was edited, or "
+        "is another checkpoint's; copy both files again, or compress again"
+    )

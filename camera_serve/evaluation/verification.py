@@ -3,16 +3,17 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from camera_serve.checkpoint.format import dense_layout
-from camera_serve.checkpoint.reader import Checkpoint, read_report
-from camera_serve.checkpoint.report import REPORT_FILE
-from camera_serve.checkpoint.writer import serving_config, sha256_of
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.writer import serving_config
 from camera_serve.errors import CheckpointError
+from camera_serve.evaluation.checksums import Checksums
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.progress import OnProgress, Reporter
 
@@ -43,7 +44,8 @@ class LayerVerification:
 class Verification:
     """What was checked and found right.
 
-    `num_checksums` files of weights are those that `compress` wrote; 0 where it noted no checksums.
+    `num_checksums` files of weights and `num_side_checksums` others that engines read are those
+    that `compress` wrote; 0 where it noted no checksums.
     `layers` is empty when there was no original to compare, and where tiers are `packed`: codes do
     not tell which micro-expert of the original they stand for.
     """
@@ -53,6 +55,7 @@ class Verification:
     num_tensors: int
     total_bytes: int
     num_checksums: int
+    num_side_checksums: int
     packed: bool
     layers: tuple[LayerVerification, ...]
 
@@ -64,9 +67,18 @@ class Verification:
             "num_tensors": self.num_tensors,
             "total_bytes": self.total_bytes,
             "num_checksums": self.num_checksums,
+            "num_side_checksums": self.num_side_checksums,
             "packed": self.packed,
             "layers": [asdict(layer) | {"num_dropped": layer.num_dropped} for layer in self.layers],
         }
+
+
+class _TensorError(CheckpointError):
+    """A tensor is not the original's; `file` holds it."""
+
+    def __init__(self, file: Path, message: str) -> None:
+        super().__init__(f"{file}: {message}")
+        self.file = file
 
 
 def verify(
@@ -77,64 +89,89 @@ def verify(
     With `against`: the config is the original's, every tensor outside the experts is byte-equal to
     it, and every micro-expert kept in 16 bits is exactly one of the original's, none kept twice;
     packed ones are compared by `fidelity.output_errors`. Zeros in a dense checkpoint count as
-    dropped. At last every file of weights is compared with its checksum in camera_report.json.
-    Raises `CheckpointError` naming the first tensor and row at fault, or the file.
+    dropped. Every file that an engine reads is compared with its checksum in camera_report.json.
+    Raises `CheckpointError` naming the first tensor and row at fault, or the file, or both.
     """
     checkpoint = Checkpoint.open(path)
-    original = Checkpoint.open(against) if against else None
-    if original:
-        if original.quantization:
-            raise CheckpointError(
-                f"{against} is compressed itself (plan {original.quantization.recipe.plan}): "
-                f"compare with the model that {path} was made from"
-            )
-        _check_same_model(checkpoint, original)
-    moe_layers = checkpoint.structure.moe_layers
-    report = Reporter(len(moe_layers), torch.device("cpu"), on_progress)
-    report("verify", 0)
+    original = _open_original(checkpoint, against) if against else None
+    checksums = Checksums.of(checkpoint)
+    checksums.check_side_files()
     bits = checkpoint.quantization.bits if checkpoint.quantization else (16,)
-    for name in sorted(checkpoint.entries.keys() - checkpoint.expert_names):
-        tensor = checkpoint.get(name)
-        if original:
-            _check_equal(checkpoint, original, name, tensor)
-    layers = []
-    for done, layer in enumerate(moe_layers, start=1):
-        if not original or min(bits) < 16:
-            _read_layer(checkpoint, layer)
-        if original and max(bits) == 16:
-            compared = _verify_layer(checkpoint, original, layer)
-            layers += [compared] if min(bits) == 16 else []
-        report("verify", done)
-    checkpoint.release()
+    total = _bytes_to_read(checkpoint, original, bits) + checksums.weight_bytes
+    report = Reporter(total, torch.device("cpu"), on_progress, "bytes")
+    try:
+        layers = _read_tensors(checkpoint, original, bits, report)
+    except _TensorError as error:
+        raise CheckpointError(f"{error}{checksums.verdict(error.file)}") from error
+    finally:
+        checkpoint.release()
+    checksums.check_weights(partial(report.advance, "verify checksums"), _which_tensor(against))
     return Verification(
         path=path,
         against=against,
         num_tensors=len(checkpoint.entries),
         total_bytes=checkpoint.total_bytes,
-        num_checksums=_check_files(path),
+        num_checksums=len(checksums.weights),
+        num_side_checksums=len(checksums.side_files),
         packed=min(bits) < 16,
         layers=tuple(layers),
     )
 
 
-def _check_files(path: Path) -> int:
-    """Compare files of weights with their checksums in the report, if there are any; how many."""
-    report = read_report(path)
-    checksums = report.sha256 if report else {}
-    for file, wanted in checksums.items():
-        try:
-            found = sha256_of(path / file)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path / file} cannot be read ({error.strerror}), and {REPORT_FILE} lists it: "
-                "copy the file again, or compress again"
-            ) from error
-        if found != wanted:
-            raise CheckpointError(
-                f"{path / file} is not the file that compress wrote: its SHA-256 is {found}, and "
-                f"{wanted} in {REPORT_FILE}: copy the file again, or compress again"
-            )
-    return len(checksums)
+def _which_tensor(against: Path | None) -> str:
+    if against:
+        return f"none of its tensors that can be compared with {against} differs"
+    return "--against MODEL tells which of its tensors changed"
+
+
+def _open_original(checkpoint: Checkpoint, against: Path) -> Checkpoint:
+    original = Checkpoint.open(against)
+    if original.quantization:
+        raise CheckpointError(
+            f"{against} is compressed itself (plan {original.quantization.recipe.plan}): "
+            f"compare with the model that {checkpoint.path} was made from"
+        )
+    _check_same_model(checkpoint, original)
+    return original
+
+
+def _bytes_to_read(
+    checkpoint: Checkpoint, original: Checkpoint | None, bits: tuple[int, ...]
+) -> int:
+    """What `_read_tensors` reads, the original's tensors included."""
+    outside = checkpoint.total_bytes - checkpoint.expert_bytes
+    if original is None:
+        return checkpoint.total_bytes
+    compared = original.expert_bytes if max(bits) == 16 else 0
+    return checkpoint.total_bytes + outside + compared
+
+
+def _read_tensors(
+    checkpoint: Checkpoint, original: Checkpoint | None, bits: tuple[int, ...], report: Reporter
+) -> list[LayerVerification]:
+    """Read all weights, and compare with the original's what both have in 16 bits."""
+    report.advance("verify tensors", 0)
+    for name in sorted(checkpoint.entries.keys() - checkpoint.expert_names):
+        tensor = checkpoint.get(name)
+        if original:
+            _check_equal(checkpoint, original, name, tensor)
+    outside = checkpoint.total_bytes - checkpoint.expert_bytes
+    report.advance("verify tensors", 2 * outside if original else outside)
+    layers = []
+    for layer in checkpoint.structure.moe_layers:
+        read = _expert_bytes(checkpoint, layer)
+        if not original or min(bits) < 16:
+            _read_layer(checkpoint, layer)
+        if original and max(bits) == 16:
+            compared = _verify_layer(checkpoint, original, layer)
+            layers += [compared] if min(bits) == 16 else []
+            read += _expert_bytes(original, layer)
+        report.advance("verify tensors", read)
+    return layers
+
+
+def _expert_bytes(checkpoint: Checkpoint, layer: int) -> int:
+    return sum(checkpoint.entries[name].num_bytes for name in _names(checkpoint, layer))
 
 
 def _check_same_model(checkpoint: Checkpoint, original: Checkpoint) -> None:
@@ -157,18 +194,19 @@ def _check_equal(
     if torch.equal(ours, theirs):
         return
     rows = (ours != theirs).view(len(ours), -1).any(dim=1).nonzero().flatten().tolist()
-    raise CheckpointError(
-        f"{checkpoint.path}: tensor {name}, row {rows[0]} differs from {original.path} "
-        f"({len(rows)} of {len(ours)} rows differ)"
+    raise _TensorError(
+        checkpoint.entries[name].file,
+        f"tensor {name}, row {rows[0]} differs from {original.path} "
+        f"({len(rows)} of {len(ours)} rows differ)",
     )
 
 
 def _check_same_dtype(checkpoint: Checkpoint, original: Checkpoint, name: str) -> None:
     ours, theirs = checkpoint.entries[name].dtype, original.entries[name].dtype
     if ours != theirs:
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {name} is stored as {ours}, but as {theirs} in "
-            f"{original.path}"
+        raise _TensorError(
+            checkpoint.entries[name].file,
+            f"tensor {name} is stored as {ours}, but as {theirs} in {original.path}",
         )
 
 
@@ -187,11 +225,15 @@ def _expert_names(checkpoint: Checkpoint, layer: int) -> Iterator[ExpertNames]:
         yield {p: f"{structure.shared_prefix(layer, p)}.weight" for p in PROJECTIONS}
 
 
-def _read_layer(checkpoint: Checkpoint, layer: int) -> None:
+def _names(checkpoint: Checkpoint, layer: int) -> list[str]:
+    """Every expert tensor of a layer."""
     prefix = f"{checkpoint.structure.moe_prefix(layer)}."
-    for name in sorted(checkpoint.expert_names):
-        if name.startswith(prefix):
-            checkpoint.get(name)
+    return sorted(name for name in checkpoint.expert_names if name.startswith(prefix))
+
+
+def _read_layer(checkpoint: Checkpoint, layer: int) -> None:
+    for name in _names(checkpoint, layer):
+        checkpoint.get(name)
 
 
 def _verify_layer(checkpoint: Checkpoint, original: Checkpoint, layer: int) -> LayerVerification:
@@ -221,11 +263,12 @@ def _dropped(checkpoint: Checkpoint, original: Checkpoint, names: ExpertNames) -
         if checkpoint.quantization is None and not any(triple):
             continue  # What `camera_serve.converters.dense` fills up with.
         if triple not in unmatched:
-            raise CheckpointError(_mismatch(checkpoint, original, names, row, ours, theirs))
+            raise _mismatch(checkpoint, original, names, row, ours, theirs)
         if not unmatched[triple]:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {names['gate']}, row {row} is a micro-expert that the "
-                "expert already holds in an earlier row"
+            raise _TensorError(
+                checkpoint.entries[names["gate"]].file,
+                f"tensor {names['gate']}, row {row} is a micro-expert that the expert already "
+                "holds in an earlier row",
             )
         unmatched[triple].pop(0)
     return tuple(sorted(index for indices in unmatched.values() for index in indices))
@@ -252,16 +295,18 @@ def _mismatch(
     row: int,
     ours: dict[Projection, torch.Tensor],
     theirs: dict[Projection, torch.Tensor],
-) -> str:
+) -> _TensorError:
     for projection, name in names.items():
         known = theirs and (theirs[projection] == ours[projection][row]).all(dim=1).any()
         if not known:
             kind = "column" if projection == "down" else "row"
-            return (
-                f"{checkpoint.path}: tensor {name}, {kind} {row} is no {kind} of that tensor in "
-                f"{original.path}: its weights were changed"
+            return _TensorError(
+                checkpoint.entries[name].file,
+                f"tensor {name}, {kind} {row} is no {kind} of that tensor in {original.path}: its "
+                "weights were changed",
             )
-    return (
-        f"{checkpoint.path}: row {row} of {names['gate']} and its partners in up and down are from "
-        f"different micro-experts of {original.path}"
+    return _TensorError(
+        checkpoint.entries[names["gate"]].file,
+        f"row {row} of {names['gate']} and its partners in up and down are from different "
+        f"micro-experts of {original.path}",
     )

@@ -14,15 +14,22 @@ Config = Any
 """A transformers config object: settings are attributes, defaults filled in."""
 
 
-def _positive(config: Config, key: str) -> int:
-    step = getattr(config, key)
-    if not isinstance(step, int) or step < 1:
-        raise UnsupportedModelError(f"config.json has {key} = {step!r}: wanted 1 or more")
-    return step
+MOST = 10_000
+"""More layers, or experts in one, than any model has: a number beyond it is a damaged config."""
+
+
+def whole(config: Config, key: str, least: int = 1, most: int | None = None) -> int:
+    """A setting that is a whole number in a range; raises `UnsupportedModelError` that names it."""
+    value: Any = getattr(config, key, None)
+    known = isinstance(value, int) and not isinstance(value, bool)
+    if known and least <= value and (most is None or value <= most):
+        return int(value)
+    wanted = f"{least} or more" if most is None else f"{least} to {most}"
+    raise UnsupportedModelError(f"{key} is {value!r:.100} in config.json: wanted {wanted}")
 
 
 def _qwen_has_experts(config: Config, layer: int) -> bool:
-    step = _positive(config, "decoder_sparse_step")
+    step = whole(config, "decoder_sparse_step")
     return layer not in (config.mlp_only_layers or []) and (layer + 1) % step == 0
 
 
@@ -31,12 +38,17 @@ def _every_layer_has_experts(config: Config, layer: int) -> bool:
 
 
 def _deepseek_has_experts(config: Config, layer: int) -> bool:
-    step = _positive(config, "moe_layer_freq") if hasattr(config, "moe_layer_freq") else 1
-    return layer >= config.first_k_dense_replace and layer % step == 0
+    step = whole(config, "moe_layer_freq") if hasattr(config, "moe_layer_freq") else 1
+    return layer >= whole(config, "first_k_dense_replace", least=0) and layer % step == 0
+
+
+def _qwen_shared_d_ff(config: Config) -> int:
+    return whole(config, "shared_expert_intermediate_size", least=0)
 
 
 def _deepseek_shared_d_ff(config: Config) -> int:
-    return int((config.n_shared_experts or 0) * config.moe_intermediate_size)
+    shared = whole(config, "n_shared_experts", least=0) if config.n_shared_experts else 0
+    return shared * whole(config, "moe_intermediate_size")
 
 
 def _no_shared_d_ff(config: Config) -> int:
@@ -90,7 +102,7 @@ FAMILIES: dict[str, Family] = {
             num_experts_key="num_experts",
             shared_name="shared_expert",
             shared_gate_name="shared_expert_gate",
-            shared_d_ff=lambda config: int(config.shared_expert_intermediate_size),
+            shared_d_ff=_qwen_shared_d_ff,
             has_experts=_qwen_has_experts,
         ),
         Family(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from camera_serve.errors import UnsupportedModelError
-from camera_serve.models.families import FAMILIES, Config, Family
+from camera_serve.models.families import FAMILIES, MOST, Config, Family, whole
 
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
@@ -83,9 +83,10 @@ def describe(config: Config) -> MoeStructure:
         raise UnsupportedModelError(_unknown_message(config))
     _check_architecture(config, family)
     _check_settings(config, family)
-    layers = range(config.num_hidden_layers)
+    layers = range(whole(config, "num_hidden_layers", most=MOST))
     moe_layers = tuple(i for i in layers if family.has_experts(config, i))
-    num_experts = getattr(config, family.num_experts_key) or 0
+    has_experts = getattr(config, family.num_experts_key)
+    num_experts = whole(config, family.num_experts_key, most=MOST) if has_experts else 0
     if not moe_layers or not num_experts:
         raise UnsupportedModelError(
             f"this {family.model_type} model has {num_experts} experts in {len(moe_layers)} of "
@@ -93,26 +94,35 @@ def describe(config: Config) -> MoeStructure:
         )
     return MoeStructure(
         family=family,
-        num_layers=config.num_hidden_layers,
+        num_layers=len(layers),
         moe_layers=moe_layers,
-        d_model=config.hidden_size,
-        d_ff=getattr(config, family.d_ff_key),
+        d_model=whole(config, "hidden_size"),
+        d_ff=whole(config, family.d_ff_key),
         shared_d_ff=family.shared_d_ff(config),
         num_experts=num_experts,
-        top_k=config.num_experts_per_tok,
+        top_k=whole(config, "num_experts_per_tok", most=num_experts),
     )
 
 
 def _unknown_message(config: Config) -> str:
-    architectures = ", ".join(config.architectures or ["none named"])
+    architectures = ", ".join(map(str, _architectures(config))) or "none named"
     return (
         f"model type {config.model_type!r} (architectures: {architectures}) is not supported: it "
         f"is a dense model, or its MoE layer is not understood; supported: {', '.join(FAMILIES)}"
     )
 
 
+def _architectures(config: Config) -> list[Any]:
+    names = config.architectures or []
+    if not isinstance(names, list):
+        raise UnsupportedModelError(
+            f"architectures is {names!r:.100} in config.json: wanted a list"
+        )
+    return names
+
+
 def _check_architecture(config: Config, family: Family) -> None:
-    for name in config.architectures or []:
+    for name in _architectures(config):
         if name not in family.architectures:
             raise UnsupportedModelError(
                 f"architecture {name!r} is not understood for model type {family.model_type!r}: "

@@ -1,0 +1,84 @@
+"""Are a checkpoint's files, to the byte, those that `compress` wrote?"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.report import REPORT_FILE
+from camera_serve.checkpoint.writer import sha256_of
+from camera_serve.errors import CheckpointError
+from camera_serve.evaluation.inspection import report_of
+
+REMEDY = "copy the file again, or compress again"
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """SHA-256 by file name, as camera_report.json has them.
+
+    weights: of the safetensors files; side_files: of what engines read beside them, such as
+    config.json and the tokenizer. Empty where an older version wrote none.
+    """
+
+    folder: Path
+    weights: Mapping[str, str]
+    side_files: Mapping[str, str]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """The checksums beside a checkpoint; raises `CheckpointError` when some are missing."""
+        report = report_of(checkpoint)
+        noted = report.sha256 if report else {}
+        weights = {name: noted[name] for name in noted if name.endswith(".safetensors")}
+        side_files = {name: noted[name] for name in noted if name not in weights}
+        needed = {entry.file.name for entry in checkpoint.entries.values()} if noted else set()
+        needed |= {"config.json"} if side_files else set()
+        if missing := sorted(needed - noted.keys()):
+            raise CheckpointError(
+                f"{checkpoint.path / REPORT_FILE} has no checksum of {missing[0]}, but of "
+                f"{len(noted)} other files: it was edited; {REMEDY}"
+            )
+        return cls(checkpoint.path, weights, side_files)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that `check_weights` reads."""
+        files = [self.folder / name for name in self.weights]
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    def check_side_files(self) -> None:
+        """Raise `CheckpointError` for the first side file that is another now, or gone."""
+        for name, wanted in self.side_files.items():
+            self._check(name, wanted, REMEDY)
+
+    def check_weights(self, hashed: Callable[[int], None], hint: str) -> None:
+        """The same for weights; `hashed` is told the bytes of each part that is done."""
+        for name, wanted in self.weights.items():
+            self._check(name, wanted, f"{REMEDY}; {hint}", hashed)
+
+    def verdict(self, file: Path) -> str:
+        """What is known of a file of weights with a wrong tensor in it, as the end of a message."""
+        wanted = self.weights.get(file.name)
+        if wanted is None:
+            return ""
+        if sha256_of(file) == wanted:
+            return f"; {file.name} is as compress wrote it: give the model it was made from"
+        return f"; {file.name} is not the file that compress wrote: {REMEDY}"
+
+    def _check(
+        self, name: str, wanted: str, remedy: str, hashed: Callable[[int], None] = lambda _: None
+    ) -> None:
+        file = self.folder / name
+        try:
+            found = sha256_of(file, hashed)
+        except OSError as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error.strerror}), and {REPORT_FILE} lists it: {REMEDY}"
+            ) from error
+        if found != wanted:
+            raise CheckpointError(
+                f"{file} is not the file that compress wrote: its SHA-256 is {found}, and {wanted} "
+                f"in {REPORT_FILE}: {remedy}"
+            )

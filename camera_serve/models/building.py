@@ -1,0 +1,50 @@
+"""transformers' own model of a config, on the meta device: names, shapes and code, no memory."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from camera_serve.errors import CheckpointError, described
+from camera_serve.models.families import Config
+
+
+def build_on_meta(config: Config, dtype: torch.dtype | None = None) -> Any:
+    """The model without weights; `dtype` None is the config's own.
+
+    Raises `CheckpointError` with transformers' reason, and the setting at fault where it is one.
+    """
+    try:
+        return _build(config, dtype)
+    except Exception as error:  # transformers checks few settings: the rest fails in its code.
+        raise CheckpointError(
+            f"transformers cannot build this model{_setting_at_fault(config)}: {described(error)}"
+        ) from error
+
+
+def _build(config: Config, dtype: torch.dtype | None) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
+
+
+def _setting_at_fault(config: Config) -> str:
+    """` with KEY = VALUE` for the first setting whose default builds; empty when none does."""
+    small, defaults = copy.deepcopy(config), type(config)()
+    small.num_hidden_layers = 1
+    if _builds(small):
+        return ""
+    for key, value in vars(small).items():
+        other = copy.copy(small)
+        other.__dict__ = vars(small) | {key: vars(defaults).get(key)}
+        if _builds(other):
+            return f" with {key} = {value!r:.100}"
+    return ""
+
+
+def _builds(config: Config) -> bool:
+    try:
+        _build(config, None)
+    except Exception:
+        return False
+    return True

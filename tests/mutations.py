@@ -1,0 +1,143 @@
+"""Every way a small text file of a checkpoint goes wrong: field by field, and as a whole.
+
+A mutation is the file's new bytes. Fields are found in the file itself, so that a new one is
+mutated too.
+"""
+
+import copy
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Path = tuple[str | int, ...]
+"""Where a value lies in a JSON document: keys and indices from the outside in."""
+
+TWICE = "\0twice"
+"""Stands for a key that is there already, until the document is text."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A file's changed content, and what was done to it, for the test's messages."""
+
+    name: str
+    content: bytes
+
+
+def _delete(parent: Any, key: Any) -> None:
+    del parent[key]
+
+
+def _twice(parent: Any, key: Any) -> None:
+    if isinstance(parent, dict):
+        parent[TWICE + str(key)] = _another(parent[key])
+    else:
+        parent.insert(key, parent[key])
+
+
+def _set(change: Callable[[Any], Any]) -> Callable[[Any, Any], None]:
+    def mutate(parent: Any, key: Any) -> None:
+        parent[key] = change(parent[key])
+
+    return mutate
+
+
+def _wrong_type(value: Any) -> Any:
+    return 3 if isinstance(value, str | list | dict) else str(value)
+
+
+def _another(value: Any) -> Any:
+    """A value of the same kind that is not this one: what an honest edit would look like."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case str():
+            return value + "x"
+        case list():
+            return [*value, *value[-1:]] or [1]
+        case dict():
+            return value | {"more": 1}
+        case _:
+            return 1
+
+
+KINDS: dict[str, Callable[[Any, Any], None]] = {
+    "another": _set(_another),
+    "deleted": _delete,
+    "twice": _twice,
+    "null": _set(lambda _: None),
+    "wrong type": _set(_wrong_type),
+    "negative": _set(lambda _: -1),
+    "zero": _set(lambda _: 0),
+    "half": _set(lambda _: 0.5),
+    "huge": _set(lambda _: 10**12),
+    "beyond 64 bits": _set(lambda _: 10**30),
+    "true": _set(lambda _: True),
+    "NaN": _set(lambda _: float("nan")),
+    "infinite": _set(lambda _: float("inf")),
+    "empty text": _set(lambda _: ""),
+    "empty list": _set(lambda _: []),
+    "empty object": _set(lambda _: {}),
+    "nested junk": _set(lambda _: {"a": [None, {"b": [[-1]]}], "": {"": 1.5}}),
+    "list of junk": _set(lambda _: ["x", None, {}]),
+    "unicode": _set(lambda _: "µ\u202e\N{SNOWMAN}\0\n"),
+    "lone surrogate": _set(lambda _: "\ud800"),
+}
+"""What can happen to one field, as a change of its parent under its key."""
+
+FILES: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda content: content[: len(content) * 2 // 3],
+    "empty": lambda _: b"",
+    "not UTF-8": lambda content: content.replace(b'"', b'"\xe9', 1),
+    "UTF-16": lambda content: content.decode().encode("utf-16"),
+    "with a mark": lambda content: b"\xef\xbb\xbf" + content,
+    "not JSON": lambda _: b"{model: [\t}",
+    "a list": lambda content: b"[" + content + b"]",
+    "null": lambda _: b"null",
+    "a number": lambda _: b"9" * 5000,
+    "bottomless": lambda _: b'{"a":' * 100_000,
+    "zeros": lambda content: bytes(len(content)),
+}
+"""What can happen to a whole file."""
+
+
+def fields(document: Any, path: Path = ()) -> Iterator[Path]:
+    """Every field of a JSON document, of long lists the first and the last item."""
+    if isinstance(document, dict):
+        keys: list[Any] = list(document)
+    elif isinstance(document, list):
+        keys = sorted({0, len(document) - 1}) if document else []
+    else:
+        return
+    for key in keys:
+        yield (*path, key)
+        yield from fields(document[key], (*path, key))
+
+
+def mutated_field(document: Any, path: Path, kind: str) -> Mutation:
+    """The JSON document with one field changed."""
+    changed = parent = copy.deepcopy(document)
+    for key in path[:-1]:
+        parent = parent[key]
+    KINDS[kind](parent, path[-1])
+    text = json.dumps(changed).replace(json.dumps(TWICE)[:-1], '"')
+    return Mutation(f"{'.'.join(map(str, path))}: {kind}", text.encode())
+
+
+def mutated_files(content: bytes) -> Iterator[Mutation]:
+    """The file damaged as a whole, in every way."""
+    for kind, change in FILES.items():
+        yield Mutation(kind, change(content))
+
+
+def sampled(content: bytes, draw: random.Random, count: int) -> Iterator[Mutation]:
+    """Every field of a JSON file changed in `count` ways, drawn without repeating one for it."""
+    document = json.loads(content)
+    kinds = list(KINDS)
+    for path in fields(document):
+        for kind in draw.sample(kinds, count):
+            yield mutated_field(document, path, kind)
