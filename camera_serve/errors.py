@@ -68,6 +68,11 @@ class KernelBuildError(CameraError):
     """The CPU kernel could not be compiled on this machine."""
 
 
+def is_missing_from_transformers(error: ImportError) -> bool:
+    """Whether a name was looked for inside transformers, which is installed but another version."""
+    return (error.name or "").startswith("transformers.")
+
+
 def first_line(error: Exception) -> str:
     """The first line of another library's message, or the error's kind when it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,12 @@ from typing import IO, Any
 
 import click
 
-from camera_serve.errors import CameraError, is_out_of_memory
+from camera_serve.errors import (
+    CameraError,
+    LibraryError,
+    is_missing_from_transformers,
+    is_out_of_memory,
+)
 
 
 class Failure(click.ClickException):
@@ -35,6 +40,10 @@ class FriendlyGroup(click.Group):
             return super().invoke(ctx)
         except CameraError as error:
             raise Failure(str(error)) from error
+        except ImportError as error:
+            if not is_missing_from_transformers(error):
+                raise
+            raise Failure(str(LibraryError.of_transformers(error))) from error
         except KeyboardInterrupt as error:
             raise Interrupted(_how_to_go_on(ctx.invoked_subcommand)) from error
         except OSError as error:

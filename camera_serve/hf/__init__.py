@@ -1,6 +1,6 @@
 """OUT goes in; after `import camera_serve.hf`, transformers' `from_pretrained` loads it."""
 
-from camera_serve.errors import LibraryError
+from camera_serve.errors import LibraryError, is_missing_from_transformers
 
 try:
     from transformers.quantizers.auto import (
@@ -13,7 +13,7 @@ try:
     from camera_serve.hf.quantizer import CameraHfConfig, CameraHfQuantizer
     from camera_serve.models.deepseek import register_deepseek
 except ImportError as error:
-    if not (error.name or "").startswith("transformers."):
+    if not is_missing_from_transformers(error):
         raise
     raise LibraryError.of_transformers(error) from error
 

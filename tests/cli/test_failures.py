@@ -3,6 +3,7 @@
 import errno
 import subprocess
 import sys
+from importlib.metadata import version
 
 import click
 import pytest
@@ -37,6 +38,10 @@ def test_a_known_error_is_one_paragraph_on_stderr() -> None:
         (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "error: /x: Permission denied"),
         (MemoryError(), "error: out of memory"),
+        (
+            ImportError("cannot import name 'x'", name="transformers.core"),
+            f"error: transformers {version('transformers')} does not fit this camera-serve: cannot",
+        ),
     ],
 )
 def test_a_failure_of_the_machine_is_told_without_a_traceback(
@@ -55,7 +60,8 @@ def test_an_interrupt_exits_with_130_and_compress_can_go_on() -> None:
 
 
 def test_a_defect_of_the_program_is_not_hidden() -> None:
-    assert isinstance(_fail_with(ZeroDivisionError()).exception, ZeroDivisionError)
+    for error in (ZeroDivisionError(), ModuleNotFoundError("no yaml", name="yaml")):
+        assert _fail_with(error).exception is error
 
 
 def test_help_loads_no_library_that_takes_seconds() -> None:
