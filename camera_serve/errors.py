@@ -1,5 +1,6 @@
 """Typed errors. Every message says what was found, what was wanted, and what to do."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -78,12 +79,18 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def described(error: Exception) -> str:
+def described(error: BaseException) -> str:
     """Another library's error in one line, its kind first: `KeyError: 'yarnx'` is no sentence."""
     first, *more = str(error).splitlines() or [""]
     # Below "Validation error for field 'x':" stand kind and reason; below others, stack frames.
     text = more[0] if more and first.endswith(":") else f"{type(error).__name__}: {first}"
     return text.strip()[:LONGEST_REASON]
+
+
+def quoted(path: object) -> str:
+    """A path as a word of a command that somebody will copy into a shell."""
+    word = str(path)
+    return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -65,17 +65,21 @@ def _another(value: Any) -> Any:
             return 1
 
 
+def _like(value: Any, number: int) -> int | float:
+    return float(number) if isinstance(value, float) else number
+
+
 KINDS: dict[str, Callable[[Any, Any], None]] = {
     "another": _set(_another),
     "deleted": _delete,
     "twice": _twice,
     "null": _set(lambda _: None),
     "wrong type": _set(_wrong_type),
-    "negative": _set(lambda _: -1),
-    "zero": _set(lambda _: 0),
+    "negative": _set(lambda value: _like(value, -1)),
+    "zero": _set(lambda value: _like(value, 0)),
     "half": _set(lambda _: 0.5),
-    "huge": _set(lambda _: 10**12),
-    "beyond 64 bits": _set(lambda _: 10**30),
+    "huge": _set(lambda value: _like(value, 10**12)),
+    "beyond 64 bits": _set(lambda value: _like(value, 10**30)),
     "true": _set(lambda _: True),
     "NaN": _set(lambda _: float("nan")),
     "infinite": _set(lambda _: float("inf")),
@@ -129,15 +133,35 @@ def mutated_field(document: Any, path: Path, kind: str) -> Mutation:
 
 
 def mutated_files(content: bytes) -> Iterator[Mutation]:
-    """The file damaged as a whole, in every way."""
+    """The file damaged as a whole, in every way that changes it."""
     for kind, change in FILES.items():
-        yield Mutation(kind, change(content))
+        if (changed := change(content)) != content:
+            yield Mutation(kind, changed)
 
 
-def sampled(content: bytes, draw: random.Random, count: int) -> Iterator[Mutation]:
-    """Every field of a JSON file changed in `count` ways, drawn without repeating one for it."""
-    document = json.loads(content)
-    kinds = list(KINDS)
+def mutated_fields(document: Any, draw: random.Random, count: int) -> Iterator[Mutation]:
+    """Every field of a JSON document changed in `count` ways that `draw` chooses for it."""
     for path in fields(document):
-        for kind in draw.sample(kinds, count):
-            yield mutated_field(document, path, kind)
+        for kind in draw.sample(list(KINDS), count):
+            mutation = mutated_field(document, path, kind)
+            if mutation.content != json.dumps(document).encode():
+                yield mutation
+
+
+def mutated_headers(content: bytes, draw: random.Random, count: int) -> Iterator[Mutation]:
+    """A safetensors file with its header changed: the first tensor's, the last's, and the whole."""
+    size = int.from_bytes(content[:8], "little")
+    header, weights = json.loads(content[8 : 8 + size]), content[8 + size :]
+    names = list(header)
+    other = {key: header[key] for key in names[2:-1]}
+    some = {key: header[key] for key in (*names[:2], names[-1])}
+    for mutation in mutated_fields(some, draw, count):
+        text = mutation.content[:-1] + b", " + json.dumps(other)[1:].encode()
+        yield Mutation(mutation.name, len(text).to_bytes(8, "little") + text + weights)
+    for mutation in mutated_files(content[8 : 8 + size]):
+        yield Mutation(
+            f"header {mutation.name}",
+            len(mutation.content).to_bytes(8, "little") + mutation.content + weights,
+        )
+    for length in (0, 1, size - 1, size + 1, len(content), 2**63):
+        yield Mutation(f"header of {length} bytes", length.to_bytes(8, "little") + content[8:])

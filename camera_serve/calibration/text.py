@@ -4,6 +4,7 @@ import logging
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -176,15 +177,8 @@ class _Tokenizer:
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, without those that begin or end one."""
-        try:
+        with _refusing_damage(self._model):
             found = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as error:
-            # A tokenizer may be any program: whatever it raises, this text is not for it.
-            raise CalibrationError(
-                f"the tokenizer of {self._model} fails on the calibration text "
-                f"({described(error)}): put the model's own tokenizer files there, or give other "
-                "text"
-            ) from error
         # Without tokenizer files transformers builds one that knows no word of any text.
         if text.strip() and not found:
             raise CalibrationError(
@@ -207,12 +201,21 @@ class _Tokenizer:
 
 def load_tokenizer(model: Path) -> Any:
     """The model's own tokenizer; raises `CalibrationError` when the folder has none."""
-    try:
+    with _refusing_damage(model):
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:
-        # transformers and the libraries below it raise what they like for damaged files.
+
+
+@contextmanager
+def _refusing_damage(model: Path) -> Iterator[None]:
+    """Turn whatever a damaged tokenizer file makes of the code inside into one error."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of the tokenizers library is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CalibrationError(
-            f"{model} has no tokenizer that loads ({described(error)}): put the model's tokenizer "
+            f"{model} has no tokenizer that works ({described(error)}): put the model's tokenizer "
             "files there"
         ) from error
 

@@ -21,6 +21,9 @@ from camera_serve.errors import OutputError
 STATE = ".state"
 """The folder inside a working folder that is dropped when the output is complete."""
 
+READ_BY_ENGINES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+"""Suffixes of tokenizers, chat templates and settings."""
+
 BYTES_AT_ONCE = 2**24
 """Of a file that is hashed."""
 
@@ -71,10 +74,11 @@ def sha256_of(path: Path, hashed: Callable[[int], None] = lambda num_bytes: None
     return digest.hexdigest()
 
 
-def sha256_of_side_files(folder: Path) -> dict[str, str]:
-    """SHA-256 by name of what an engine reads beside weights: config.json, tokenizer, template."""
+def side_files_of(folder: Path) -> list[str]:
+    """Names of what engines may read beside weights: config.json, tokenizer, chat template."""
     names = {*map(str, side_files(folder)), "config.json", INDEX, MARKER_FILE}
-    return {name: sha256_of(folder / name) for name in sorted(names) if (folder / name).is_file()}
+    read = (name for name in names if Path(name).suffix in READ_BY_ENGINES)
+    return sorted(name for name in read if (folder / name).is_file())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from camera_serve.cli.options import (
     with_flags,
 )
 from camera_serve.cli.progress import shown_progress
+from camera_serve.errors import quoted
 
 if TYPE_CHECKING:
     from camera_serve.ranking.analysis import AnalysisReport, LayerSummary
@@ -43,7 +44,7 @@ def analyze(model: str, output: Path, **flags: Any) -> None:
     click.echo(_summary(report))
     if report.skipped:
         click.echo(skipped_line(report.skipped))
-    click.echo(f"wrote {output}; next: camera-serve compress {model} -o OUT --prune 0.4")
+    click.echo(f"wrote {output}; next: camera-serve compress {quoted(model)} -o OUT --prune 0.4")
 
 
 def _summary(report: "AnalysisReport") -> str:

@@ -15,6 +15,7 @@ from camera_serve.cli.options import (
     with_flags,
 )
 from camera_serve.cli.progress import shown_progress
+from camera_serve.errors import quoted
 
 if TYPE_CHECKING:
     from camera_serve.checkpoint.report import CompressionReport
@@ -153,7 +154,7 @@ def _summary(report: "CompressionReport", output: Path) -> str:
             "experts that saw too few calibration tokens for GPTQ and were rounded to nearest: "
             f"{rounded}; {more}"
         )
-    lines.append(f"wrote {output}; next: vllm serve {output}")
+    lines.append(f"wrote {output}; next: vllm serve {quoted(output)}")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from camera_serve.cli.options import output_option
+from camera_serve.errors import quoted
 
 
 @click.command(short_help="Write a compressed checkpoint in another format.")
@@ -23,4 +24,4 @@ def convert(model: str, target: str, output: Path) -> None:
     from camera_serve.converters.dense import convert_to_dense
 
     convert_to_dense(resolve(model), output)
-    click.echo(f"wrote {output} ({target}); next: vllm serve {output}")
+    click.echo(f"wrote {output} ({target}); next: vllm serve {quoted(output)}")

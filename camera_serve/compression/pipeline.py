@@ -31,7 +31,7 @@ from camera_serve.checkpoint.writer import (
     require_space,
     serving_config,
     sha256_of,
-    sha256_of_side_files,
+    side_files_of,
     write_index,
     write_json,
     write_shard,
@@ -285,7 +285,7 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
     )
     write_json(folder / MARKER_FILE, MARKER)
     write_json(folder / "config.json", serving_config(checkpoint, quantization))
-    checksums = by_file | sha256_of_side_files(folder)
+    checksums = by_file | {name: sha256_of(folder / name) for name in side_files_of(folder)}
     report = report.model_copy(update={"sha256": checksums})
     write_json(folder / REPORT_FILE, report.model_dump(mode="json"))
     return report

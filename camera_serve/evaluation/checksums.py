@@ -7,7 +7,7 @@ from typing import Self
 
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.checkpoint.report import REPORT_FILE
-from camera_serve.checkpoint.writer import sha256_of
+from camera_serve.checkpoint.writer import sha256_of, side_files_of
 from camera_serve.errors import CheckpointError
 from camera_serve.evaluation.inspection import report_of
 
@@ -28,17 +28,21 @@ class Checksums:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
-        """The checksums beside a checkpoint; raises `CheckpointError` when some are missing."""
+        """The checksums beside a checkpoint.
+
+        Raises `CheckpointError` when one is missing, of a file of weights, or of another file that
+        is there for engines to read: it was added later, or the report was edited.
+        """
         report = report_of(checkpoint)
         noted = report.sha256 if report else {}
         weights = {name: noted[name] for name in noted if name.endswith(".safetensors")}
         side_files = {name: noted[name] for name in noted if name not in weights}
-        needed = {entry.file.name for entry in checkpoint.entries.values()} if noted else set()
-        needed |= {"config.json"} if side_files else set()
-        if missing := sorted(needed - noted.keys()):
+        found = {entry.file.name for entry in checkpoint.entries.values()} if noted else set()
+        found |= set(side_files_of(checkpoint.path)) if side_files else set()
+        if unknown := sorted(found - noted.keys()):
             raise CheckpointError(
-                f"{checkpoint.path / REPORT_FILE} has no checksum of {missing[0]}, but of "
-                f"{len(noted)} other files: it was edited; {REMEDY}"
+                f"{checkpoint.path / unknown[0]} is no file that compress wrote: {REPORT_FILE} has "
+                f"checksums of {len(noted)} others; remove it, or copy {REPORT_FILE} again"
             )
         return cls(checkpoint.path, weights, side_files)
 

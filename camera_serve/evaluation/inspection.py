@@ -209,6 +209,10 @@ def report_of(checkpoint: Checkpoint) -> CompressionReport | None:
         return None
     if checkpoint.quantization and report.recipe != checkpoint.quantization.recipe:
         raise CheckpointError(_of_another("recipe", checkpoint.path))
+    if report.expert_bytes_after != checkpoint.expert_bytes:
+        raise CheckpointError(_of_another("number of expert bytes", checkpoint.path))
+    if report.total_bytes_after != checkpoint.total_bytes:
+        raise CheckpointError(_of_another("number of bytes", checkpoint.path))
     layouts = {structure.moe_prefix(n): _layout(checkpoint, n) for n in structure.moe_layers}
     if sorted(layer.layer for layer in report.layers) != sorted(layouts):
         raise CheckpointError(_of_another("list of layers", checkpoint.path))

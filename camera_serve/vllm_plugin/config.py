@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from camera_serve.checkpoint.format import CameraQuantizationConfig
-from camera_serve.errors import CheckpointError
+from camera_serve.errors import CheckpointError, quoted
 from camera_serve.models import Projection, describe
 from camera_serve.models.families import FAMILIES, Family
 from camera_serve.models.structure import PROJECTIONS
@@ -138,5 +138,5 @@ def _remedy(model: str) -> Iterator[None]:
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}. The checkpoint is damaged or was edited: copy it again, or compress the "
-            f"model again (`camera-serve verify {model}` checks a copy)"
+            f"model again (`camera-serve verify {quoted(model)}` checks a copy)"
         ) from None

@@ -285,7 +285,8 @@ def test_layers_that_an_older_version_finished_get_their_checksums(
     finished.write_text(json.dumps(result))
     report = compress(model, tmp_path / "out", recipe(text), resume=True)
     files = digest(tmp_path / "out")
-    assert report.sha256 == {n: d for n, d in files.items() if n.endswith(".safetensors")}
+    weights = {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
+    assert weights and weights.items() <= report.sha256.items()
 
 
 def test_resuming_another_recipe_is_refused_with_the_difference(

@@ -115,8 +115,11 @@ def _write_report(folder: Path, tokens: list[int]) -> None:
         }
         for layer in range(2)
     ]
-    sizes = dict.fromkeys(
-        ("expert_bytes_before", "expert_bytes_after", "total_bytes_before", "total_bytes_after"), 1
-    )
+    checkpoint = Checkpoint.open(folder)
+    sizes = {
+        f"{what}_bytes_{when}": size
+        for what, size in (("expert", checkpoint.expert_bytes), ("total", checkpoint.total_bytes))
+        for when in ("before", "after")
+    }
     report = {"model": "m", "recipe": recipe, "fingerprint": {}, "layers": layers, **sizes}
     (folder / "camera_report.json").write_text(json.dumps(report))
