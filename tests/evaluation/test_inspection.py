@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CheckpointError
 from camera_serve.evaluation.inspection import Inspection, LayerInspection, inspect
 from tests import pruning, tiny_models
