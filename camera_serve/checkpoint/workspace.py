@@ -71,7 +71,7 @@ class Workspace:
         if not self._begun.exists():
             return None
         found = read_json(self._begun)
-        # Before 0.2 the fingerprint stood there alone.
+        # An older version wrote the fingerprint alone, of parts that mean nothing here.
         return Begun(str(found.get("since", "")), dict(found.get("fingerprint", {})))
 
     def commit(self, layer: int, result: Mapping[str, object], hidden: torch.Tensor) -> None:

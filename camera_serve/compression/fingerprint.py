@@ -64,11 +64,14 @@ def explain(found: Mapping[str, str], wanted: Mapping[str, str]) -> str:
 
     It goes on a sentence such as "OUT was made".
     """
-    if found.get("format") != FORMAT:
+    if found.get("format") != wanted["format"]:
         return "by another version of camera-serve, and its inputs cannot be compared"
     changed = [part for part in {**wanted, **found} if found.get(part) != wanted.get(part)]
     files = [part.removeprefix(_FILE) for part in changed if part.startswith(_FILE)]
     said = [_about_files(files)] if files else []
+    if "device" in changed and "threads" in changed:
+        # Only one of the devices has them.
+        changed.remove("threads")
     for part in changed:
         if part == _TOKENS and not any(map(_decides_tokens, changed)):
             said.append("the calibration text gives other tokens: use the text of that run")

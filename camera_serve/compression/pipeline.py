@@ -103,14 +103,15 @@ def compress(
     with sole_writer(output, "compress"):
         windows = windows_for(checkpoint, recipe.calibration)
         print_ = fingerprint(checkpoint, recipe, windows.tokens, target, dtype)
-        if resume and (done := _finished(output, print_)):
+        if resume and (done := _finished(output, print_, overwrite=overwrite)):
             on_note(f"nothing to resume: {output} is finished already")
             return done
         check_output(output, overwrite=overwrite)
         workspace = Workspace(output)
         written = workspace.bytes_written if resume else 0
         require_space(output.parent, disk_bytes(checkpoint, recipe) - written)
-        if not (resume and _continued(workspace, print_, on_note)):
+        goes_on = resume and _continued(workspace, print_, overwrite=overwrite, on_note=on_note)
+        if not goes_on:
             workspace.create(overwrite=overwrite)
             workspace.record(print_)
         stream = ModelStream(checkpoint, target, dtype)
@@ -130,22 +131,35 @@ def compress(
     return report
 
 
-def _continued(workspace: Workspace, wanted: dict[str, str], on_note: OnNote) -> bool:
-    """Whether there is an interrupted run to continue; raises `OutputError` for another one."""
+def _continued(
+    workspace: Workspace, wanted: dict[str, str], *, overwrite: bool, on_note: OnNote
+) -> bool:
+    """Whether there is an interrupted run to continue.
+
+    Raises `OutputError` for one with other inputs that is not to be overwritten.
+    """
     begun = workspace.begun()
     if begun is None:
         on_note(f"nothing to resume: {workspace.path} holds no interrupted run; starting anew")
         return False
     if changed := explain(begun.fingerprint, wanted):
         since = f" at {begun.since}" if begun.since else ""
+        found = f"{workspace.path} was begun{since} {changed}"
+        if overwrite:
+            on_note(f"nothing to resume: {found}; starting anew")
+            return False
         raise OutputError(
-            f"{workspace.path} was begun{since} {changed}; resume it with the inputs of that run, "
-            "start over with --overwrite, or choose another output"
+            f"{found}; resume it with the inputs of that run, start over with --overwrite, or "
+            "choose another output"
         )
     return True
 
 
-def _finished(output: Path, wanted: dict[str, str]) -> CompressionReport | None:
+def _finished(output: Path, wanted: dict[str, str], *, overwrite: bool) -> CompressionReport | None:
+    """The report of an output that is there already.
+
+    Raises `OutputError` for one made from other inputs that is not to be overwritten.
+    """
     if not (output / REPORT_FILE).exists():
         return None
     try:
@@ -155,8 +169,11 @@ def _finished(output: Path, wanted: dict[str, str]) -> CompressionReport | None:
             f"{output} holds a {REPORT_FILE} of another kind: choose another output"
         ) from error
     if changed := explain(report.fingerprint, wanted):
+        if overwrite:
+            return None
         raise OutputError(
-            f"{output} was made {changed}; choose another output, or replace it with --overwrite"
+            f"{output} was made {changed}; choose another output, or replace it with --overwrite, "
+            "beside --resume to continue an interrupted run"
         )
     shutil.rmtree(output / STATE, ignore_errors=True)
     return report

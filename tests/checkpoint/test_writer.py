@@ -1,8 +1,9 @@
 from pathlib import Path
 
+import pytest
 import torch
 
-from camera_serve.checkpoint.writer import write_shard, write_text
+from camera_serve.checkpoint.writer import publish, write_shard, write_text
 
 
 def test_shards_can_be_read_by_whom_other_files_can(tmp_path: Path) -> None:
@@ -10,3 +11,26 @@ def test_shards_can_be_read_by_whom_other_files_can(tmp_path: Path) -> None:
     write_text(tmp_path / "b.txt", "x")
     modes = {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
     assert len(modes) == 1
+
+
+def test_an_output_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, output, rename = tmp_path / "out.partial", tmp_path / "out", Path.rename
+    for folder, text in ((partial, "new"), (output, "old")):
+        folder.mkdir()
+        (folder / "file").write_text(text)
+
+    def refused(self: Path, target: Path) -> Path:
+        if self == partial:
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        publish(partial, output)
+    assert (output / "file").read_text() == "old" and (partial / "file").read_text() == "new"
+    monkeypatch.undo()
+    publish(partial, output)
+    assert (output / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "out"]

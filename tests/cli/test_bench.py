@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from camera_serve.benchmark.report import BenchReport
+from camera_serve.checkpoint.lock import sole_writer
 from tests.benchmark import fake_vllm
 from tests.cli.conftest import Run
 
@@ -69,6 +70,18 @@ def test_an_existing_report_is_refused_before_the_work_and_replaced_on_demand(
     assert json.loads(output.read_text())["version"] == 1
     nowhere = run("bench", models[0], "-o", tmp_path / "no" / "out.json", *SERVE)
     assert nowhere.exit_code == 1 and "there is no folder" in nowhere.stderr
+
+
+def test_a_report_that_another_bench_writes_is_refused_before_the_work(
+    run: Run, command: Path, models: list[Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out.json"
+    with sole_writer(output, "bench"):
+        result = run("bench", models[0], "-o", output, *SERVE, "--overwrite")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {output} is being written by camera-serve bench (pid ")
+    assert fake_vllm.calls(command) == []
+    assert not list(tmp_path.glob("out.*"))
 
 
 def test_a_plot_that_cannot_be_written_is_refused_before_the_work(

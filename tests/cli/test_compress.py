@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from camera_serve.checkpoint.lock import sole_writer
 from camera_serve.compression import sizing
 from camera_serve.recipe import Recipe
-from tests import tiny_models
+from tests import pruning, tiny_models
 from tests.cli.conftest import Run
 from tests.editing import digest
 
@@ -141,6 +142,37 @@ def test_interrupt_says_how_to_resume_and_resume_gives_the_same_bytes(
     assert {k: v for k, v in again.items() if k != "camera.log"} == {
         k: v for k, v in whole.items() if k != "camera.log"
     }
+
+
+def test_resuming_nothing_says_so_in_one_line(
+    run: Run, model: Path, small: list[str], tmp_path: Path
+) -> None:
+    command = ["compress", model, "-o", tmp_path / "out", "--prune", 0.4, *small, "--resume"]
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    partial = tmp_path / "out.partial"
+    said = f"nothing to resume: {partial} holds no interrupted run; starting anew"
+    assert result.stderr.splitlines()[0] == said
+    assert "nothing to resume: " in run(*command).stderr
+
+
+@pytest.mark.parametrize("command", ["compress", "analyze", "convert"])
+def test_an_output_that_another_run_writes_is_refused_by_its_name(
+    run: Run, model: Path, small: list[str], tmp_path: Path, command: str
+) -> None:
+    pruning.prune(model, tmp_path / "compressed")
+    flags = {
+        "compress": [model, "--prune", 0.4, *small, "--overwrite"],
+        "analyze": [model, *small, "--overwrite"],
+        "convert": [tmp_path / "compressed", "--to", "dense"],
+    }
+    with sole_writer(tmp_path / "out", "compress"):
+        before = sorted(tmp_path.iterdir())
+        result = run(command, *flags[command], "-o", tmp_path / "out")
+        assert sorted(tmp_path.iterdir()) == before
+    assert result.exit_code == 1
+    who = f"is being written by camera-serve compress (pid {os.getpid()} on "
+    assert result.stderr.startswith(f"error: {tmp_path / 'out'} {who}")
 
 
 def _interrupt_after_layers(count: int, monkeypatch: pytest.MonkeyPatch) -> None:

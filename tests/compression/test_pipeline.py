@@ -1,14 +1,12 @@
 """compress(): Algorithm 2 as a whole, resume after kills, and what is refused."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from camera_serve.errors import CalibrationError, CheckpointError, OutputError
 from camera_serve.progress import Progress
 from tests import pruning, quantized, tiny_models
 from tests.editing import digest, edit_weights
+from tests.races import in_child
 from tests.ranking.test_energy import direct_energies
 
 TEXT = Path(__file__).read_text() * 4
@@ -230,24 +229,18 @@ def test_the_same_recipe_gives_the_same_bytes(model: Path, tmp_path: Path, text:
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
-def _in_child(run: Callable[[], object]) -> multiprocessing.process.BaseProcess:
-    child = multiprocessing.get_context("fork").Process(target=run)
-    child.start()
-    return child
-
-
 @pytest.mark.parametrize(("plan", "attempts"), [("16:0.6,0:0.4", 10), (QUANTIZE, 4)])
 def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
     model: Path, tmp_path: Path, text: Path, plan: str, attempts: int
 ) -> None:
     wanted = by_plan(text, plan)
     start = time.monotonic()
-    compress(model, tmp_path / "whole", wanted)
+    in_child(lambda: compress(model, tmp_path / "whole", wanted)).join()
     duration = time.monotonic() - start
     files, moments, interrupted = files_of(tmp_path / "whole"), random.Random(7), 0
     for attempt in range(attempts):
         output = tmp_path / f"killed-{attempt}"
-        child = _in_child(lambda output=output: compress(model, output, wanted))
+        child = in_child(lambda output=output: compress(model, output, wanted))
         time.sleep(moments.uniform(0.02, duration))
         os.kill(child.pid or 0, signal.SIGKILL)
         child.join()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -23,6 +24,7 @@ MODES: dict[str, dict[str, bool]] = {
     "plain": {},
     "resume": {"resume": True},
     "overwrite": {"overwrite": True},
+    "both": {"resume": True, "overwrite": True},
 }
 
 
@@ -56,7 +58,7 @@ def written(folder: Path) -> dict[str, str]:
     return {name: value for name, value in digest(folder).items() if name != "camera.log"}
 
 
-def interrupt(model: Path, output: Path, wanted: Recipe, done: int = 1) -> None:
+def interrupt(model: Path, output: Path, wanted: Recipe, done: int = 1, **mode: bool) -> None:
     """Leave a run behind with one layer of two finished."""
 
     def stop(progress: Progress) -> None:
@@ -64,7 +66,7 @@ def interrupt(model: Path, output: Path, wanted: Recipe, done: int = 1) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress(model, output, wanted, on_progress=stop)
+        compress(model, output, wanted, on_progress=stop, **mode)
 
 
 def runs_in(
@@ -344,6 +346,38 @@ def test_resuming_nothing_says_that_it_starts_anew(model: Path, text: Path, tmp_
     assert len(notes) == 2
 
 
+def test_an_interrupted_overwrite_resumes_by_the_same_command(
+    model: Path, text: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output, both = tmp_path / "out", MODES["both"]
+    compress(model, output, recipe(text, prune=0.6))
+    interrupt(model, output, recipe(text), overwrite=True)
+    before = digest(tmp_path)
+    with pytest.raises(OutputError, match=r"was made from other inputs: plan: .*--overwrite"):
+        compress(model, output, recipe(text), resume=True)
+    assert digest(tmp_path) == before
+    seen: list[Progress] = []
+    compress(model, output, recipe(text), on_progress=seen.append, **both)
+    assert [progress.done for progress in seen] == [1, 2]
+    assert written(output) == written(undisturbed)
+    # Once more, it is finished.
+    compress(model, output, recipe(text), on_progress=seen.append, **both)
+    assert len(seen) == 2
+
+
+def test_what_cannot_be_resumed_is_started_over_where_that_is_asked_for(
+    model: Path, text: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output, notes = tmp_path / "out", list[str]()
+    interrupt(model, output, recipe(text, prune=0.6))
+    compress(model, output, recipe(text), on_note=notes.append, **MODES["both"])
+    assert written(output) == written(undisturbed)
+    assert len(notes) == 1 and notes[0].startswith(f"nothing to resume: {output}.partial was begun")
+    assert notes[0].endswith(
+        "from other inputs: plan: then 16:0.4,0:0.6, now 16:0.6,0:0.4; starting anew"
+    )
+
+
 def test_a_folder_of_the_user_beside_the_output_is_left_alone(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -422,3 +456,33 @@ def test_killed_between_the_renames_it_resumes(
     compress(model, output, recipe(text), resume=True)
     assert written(output) == written(undisturbed)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_while_it_makes_room_nothing_half_deleted_is_resumed(
+    model: Path, text: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output, partial = tmp_path / "out", tmp_path / "out.partial"
+    interrupt(model, output, recipe(text), done=2)
+    shutil.copytree(partial, tmp_path / "kept")
+    removals = sum(file.is_file() for file in partial.rglob("*"))
+    assert removals >= 6
+
+    def overwrite_until(removal: int) -> None:
+        left = iter(range(removal))
+
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "os.remove" and next(left, None) is None:
+                os._exit(9)
+
+        sys.addaudithook(watch)
+        compress(model, output, recipe(text), overwrite=True)
+
+    for removal in range(removals):
+        child = in_child(lambda removal=removal: overwrite_until(removal))
+        child.join()
+        assert child.exitcode == 9
+        compress(model, output, recipe(text), resume=True)
+        assert written(output) == written(undisturbed), f"killed before removal {removal}"
+        assert not partial.exists()
+        shutil.rmtree(output)
+        shutil.copytree(tmp_path / "kept", partial)

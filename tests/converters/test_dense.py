@@ -1,15 +1,22 @@
 import json
+import os
+import shutil
 
 import pytest
 import torch
+from camera_serve.converters import dense
 from camera_serve.converters.dense import convert_to_dense
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import camera_serve.hf  # noqa: F401
+from camera_serve.checkpoint.lock import sole_writer
 from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.workspace import Workspace
 from camera_serve.errors import CheckpointError, OutputError
 from tests import pruning, quantized, tiny_models
+from tests.editing import digest
+from tests.races import in_child, race
 
 # The ragged and the padded layer sum the same float32 terms in another order; logits have a
 # standard deviation of 4.
@@ -97,6 +104,67 @@ def test_a_foreign_partial_folder_is_refused_and_untouched(tmp_path):
     with pytest.raises(OutputError, match="was not begun by camera-serve: move it away"):
         convert_to_dense(compressed, tmp_path / "out")
     assert [f.name for f in (tmp_path / "out.partial").iterdir()] == ["mine"]
+
+
+def test_of_two_at_one_moment_one_finishes_and_the_other_is_told(tmp_path):
+    _, compressed, _ = compress(tmp_path, "olmoe")
+    convert_to_dense(compressed, tmp_path / "undisturbed")
+    ends = race(*[lambda report: convert_to_dense(compressed, tmp_path / "out")] * 2)
+    assert sorted(map(bool, ends)) == [False, True], ends
+    assert any(words in max(ends) for words in ("is being written by camera-serve", "exists"))
+    assert digest(tmp_path / "out") == digest(tmp_path / "undisturbed")
+    names = ["camera", "dense", "out", "undisturbed"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_it_does_not_write_where_another_command_does(tmp_path):
+    _, compressed, _ = compress(tmp_path, "olmoe")
+    with (
+        sole_writer(tmp_path / "out", "analyze"),
+        pytest.raises(OutputError, match="is being written by camera-serve analyze"),
+    ):
+        convert_to_dense(compressed, tmp_path / "out")
+
+
+def test_a_killed_conversion_is_no_obstacle(tmp_path, monkeypatch):
+    _, compressed, _ = compress(tmp_path, "olmoe")
+
+    def killed():
+        monkeypatch.setattr(dense, "copy_side_files", lambda source, target: os._exit(9))
+        convert_to_dense(compressed, tmp_path / "out")
+
+    child = in_child(killed)
+    child.join()
+    assert child.exitcode == 9 and (tmp_path / "out.partial").exists()
+    convert_to_dense(compressed, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["camera", "dense", "out"]
+
+
+def test_an_interrupted_compression_of_that_name_is_kept(tmp_path):
+    _, compressed, _ = compress(tmp_path, "olmoe")
+    workspace = Workspace(tmp_path / "out")
+    workspace.create()
+    workspace.record({"torch": "2"})
+    before = digest(tmp_path / "out.partial")
+    with pytest.raises(OutputError, match="holds an interrupted run of compress: continue it"):
+        convert_to_dense(compressed, tmp_path / "out")
+    assert digest(tmp_path / "out.partial") == before
+
+
+def test_a_source_that_is_replaced_meanwhile_is_refused(tmp_path, monkeypatch):
+    _, compressed, _ = compress(tmp_path, "olmoe")
+    another = shutil.copytree(compressed, tmp_path / "another")
+    copy = dense.copy_side_files
+
+    def replaced(source, target):
+        compressed.rename(tmp_path / "before")
+        another.rename(compressed)
+        copy(source, target)
+
+    monkeypatch.setattr(dense, "copy_side_files", replaced)
+    with pytest.raises(CheckpointError, match="camera was replaced while it was read: run the"):
+        convert_to_dense(compressed, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["before", "camera", "dense"]
 
 
 def test_a_dense_checkpoint_is_refused(tmp_path):
