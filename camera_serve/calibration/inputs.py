@@ -41,10 +41,17 @@ class InputRecorder:
         ids = torch.cat(self._ids)
         order = torch.sort(ids.flatten(), stable=True).indices // ids.shape[1]
         counts = torch.bincount(ids.flatten(), minlength=num_experts).tolist()
-        x = torch.cat(self._x)
-        self._x.clear()
         self._ids.clear()
-        return RoutedInputs(x, order.split(counts))
+        return RoutedInputs(self._inputs(len(ids)), order.split(counts))
+
+    def _inputs(self, num_tokens: int) -> torch.Tensor:
+        """All inputs, each batch given up once it is copied: they are never held twice."""
+        x, done = self._x[0].new_empty((num_tokens, self._x[0].shape[1])), 0
+        while self._x:
+            batch = self._x.pop(0)
+            x[done : done + len(batch)] = batch
+            done += len(batch)
+        return x
 
 
 def every_token(inputs: RoutedInputs) -> RoutedInputs:

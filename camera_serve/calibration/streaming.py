@@ -8,8 +8,8 @@ router; only the experts are ours, behind the interface every family shares:
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,13 +52,15 @@ class RoutedExperts(nn.Module):
 class StreamedLayer:
     """One decoder layer with its weights loaded.
 
-    `experts` are the routed experts in 16 bits, None for a dense layer.
+    `experts` are the routed experts in 16 bits, None for a dense layer. `shared_name` is where the
+    MoE block has its shared experts.
     """
 
     module: Any
     experts: RaggedTier[torch.Tensor] | None
     shared: Any = None
     shared_gate: torch.Tensor | None = None
+    shared_name: str = ""
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All weights."""
@@ -69,6 +71,28 @@ class StreamedLayer:
     def use_experts(self, experts: RaggedTier[torch.Tensor]) -> None:
         """Run `experts` where the family's own experts module stood."""
         self.module.mlp.experts = RoutedExperts(RaggedLayer((experts,)))
+
+    def experts_replaced(
+        self, routed: nn.Module, shared: nn.Module | None
+    ) -> AbstractContextManager[None]:
+        """Run other experts for a while; the layer's own shared ones where `shared` is None."""
+        children = {"experts": routed}
+        if self.shared is not None and shared is not None:
+            children[self.shared_name] = shared
+        return replaced(self.module.mlp, children)
+
+
+@contextmanager
+def replaced(module: nn.Module, children: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Give a module other children for a while, by name."""
+    own = {name: module.get_submodule(name) for name in children}
+    try:
+        for name, child in children.items():
+            setattr(module, name, child)
+        yield
+    finally:
+        for name, child in own.items():
+            setattr(module, name, child)
 
 
 class ModelStream:
@@ -134,15 +158,19 @@ class ModelStream:
             return StreamedLayer(module, experts)
         gate = getattr(module.mlp, family.shared_gate_name) if family.shared_gate_name else None
         shared = getattr(module.mlp, family.shared_name)
-        return StreamedLayer(module, experts, shared, None if gate is None else gate.weight)
+        weight = None if gate is None else gate.weight
+        return StreamedLayer(module, experts, shared, weight, family.shared_name)
 
     def run(self, layer: int, loaded: StreamedLayer, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer's outputs for all samples, `[samples, seq_len, d_model]` on CPU."""
-        out, done = torch.empty(hidden.shape, dtype=self.dtype), 0
+        """The layer's outputs for all samples, in place of its inputs, which are returned.
+
+        hidden: `[samples, seq_len, d_model]` on CPU, in the dtype of the stream.
+        """
+        done = 0
         for batch in self.outputs(layer, loaded, hidden):
-            out[done : done + len(batch)] = batch
+            hidden[done : done + len(batch)] = batch
             done += len(batch)
-        return out
+        return hidden
 
     @torch.inference_mode()
     def outputs(

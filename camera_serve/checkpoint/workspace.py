@@ -90,7 +90,8 @@ class Workspace:
         if not self._hidden.exists():
             return 0, None
         with safe_open(self._hidden, framework="pt") as handle:
-            return int(handle.metadata()["next_layer"]), handle.get_tensor("hidden")
+            # A copy: the file's pages would be held, in memory and on the disk, while it is used.
+            return int(handle.metadata()["next_layer"]), handle.get_tensor("hidden").clone()
 
     def results(self, num_layers: int) -> list[dict[str, object]]:
         """The results of all layers, in order."""

@@ -56,8 +56,9 @@ def compress_layer(
 ) -> CompressedLayer:
     """Algorithm 2, lines 5-13, and Algorithm 3, lines 3-14, for one MoE layer.
 
-    hidden: `[samples, seq_len, d_model]`, the layer's input. The experts of `loaded` are used up:
-    what is kept of them, dequantized where it was packed, lies in their storage afterwards.
+    hidden: `[samples, seq_len, d_model]`, the layer's input, and afterwards what the compressed
+    layer is to be run on (`measure`). The experts of `loaded` are used up: what is kept of them,
+    dequantized where it was packed, lies in their storage afterwards.
     """
     assert loaded.experts is not None
     recorder = InputRecorder() if recipe.plan.quantized else None

@@ -75,8 +75,9 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
         expert_bytes_after=tiers * len(structure.moe_layers),
         total_bytes_before=checkpoint.total_bytes,
         disk_bytes=disk_bytes(checkpoint, recipe),
-        # A layer's input, its output, and the output once more while it is saved.
-        peak_memory_bytes=held + tiers + working + 3 * _hidden_bytes(checkpoint, recipe),
+        # A layer writes its output over its input. Beside it lies what the experts are given while
+        # they are packed, then the output once more while it is saved.
+        peak_memory_bytes=held + tiers + working + 2 * _hidden_bytes(checkpoint, recipe),
         layer_bytes=layer,
         mapped_bytes=mapped,
         layers_at_once=layers_at_once(device),
@@ -170,10 +171,10 @@ def _seconds(
 
 
 def _flops(structure: MoeStructure, recipe: Recipe, tokens: int) -> float:
-    """Two passes over the attention and gate/up, one over the kept down (Algorithm 2)."""
+    """The attention, gate and up to measure, then all three of what is kept (Algorithm 2)."""
     routed = structure.top_k * structure.d_ff + structure.shared_d_ff
     attention = 2 * (4 * structure.d_model**2 + 2 * structure.d_model * recipe.calibration.seq_len)
-    per_token = 2 * attention + 2 * routed * structure.d_model * (2 + 3 * (1 - recipe.plan.pruned))
+    per_token = attention + 2 * routed * structure.d_model * (2 + 3 * (1 - recipe.plan.pruned))
     return tokens * per_token * structure.num_layers
 
 

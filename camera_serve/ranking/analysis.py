@@ -14,7 +14,7 @@ from camera_serve.checkpoint.workspace import check_output, refuse_overlap, whol
 from camera_serve.checkpoint.writer import write_json, write_shard
 from camera_serve.progress import OnProgress, Reporter
 from camera_serve.ragged.layout import rank
-from camera_serve.ranking.layer import measure
+from camera_serve.ranking.layer import run_measured
 from camera_serve.ranking.selection import LayerEnergies
 from camera_serve.recipe import Calibration, Settings
 from camera_serve.runtime import compute_dtype, pick_device
@@ -112,11 +112,9 @@ def _layer_energies(
     stream: ModelStream, layer: int, loaded: StreamedLayer, hidden: torch.Tensor, alpha: float
 ) -> tuple[LayerEnergies | None, torch.Tensor]:
     """A layer's energies, None where it is dense, and its output."""
-    energies = None
-    if loaded.experts is not None:
-        energies = measure(stream, layer, loaded, hidden, alpha)
-        loaded.use_experts(loaded.experts)
-    return energies, stream.run(layer, loaded, hidden)
+    if loaded.experts is None:
+        return None, stream.run(layer, loaded, hidden)
+    return run_measured(stream, layer, loaded, hidden, alpha), hidden
 
 
 def _summary(name: str, energies: LayerEnergies) -> LayerSummary:

@@ -1,12 +1,14 @@
 """Coefficients and decoding-time energies of micro-experts (Eq. 4 and 11, Algorithm 1)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from camera_serve.calibration.attention import nothing
 from camera_serve.ragged.layer import RaggedTier
 
 ROWS_AT_ONCE = 4096
@@ -70,11 +72,24 @@ class CoefficientSums:
         return ((1 - alpha) * self.square_sum + alpha * self.square_max) * norms
 
 
+class Projections(NamedTuple):
+    """What one expert makes of the tokens routed to it.
+
+    rows: the expert's micro-experts; tokens: int64 `[num_tokens]`; weights: `[num_tokens]`, the
+    routing weights; gate, up: `[num_tokens, d_ff_e]`.
+    """
+
+    rows: slice
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+
+
 class RoutedExpertsMeter(nn.Module):
     """Stands in for a layer's experts module and sums its coefficients.
 
-    The down projection is not computed, since the layer's output on this pass is not used: it
-    returns zeros.
+    The down projection is not computed, for a run whose experts are to add nothing.
     """
 
     def __init__(self, experts: RaggedTier[torch.Tensor], device: torch.device) -> None:
@@ -91,22 +106,48 @@ class RoutedExpertsMeter(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """`[num_tokens, d_model]`, `[num_tokens, top_k]` twice -> zeros `[num_tokens, d_model]`."""
+        """`[num_tokens, d_model]`, `[num_tokens, top_k]` twice -> nothing to add to the first."""
+        for _ in self.projections(hidden_states, top_k_index, top_k_weights):
+            pass
+        return nothing(hidden_states)
+
+    def projections(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> Iterator[Projections]:
+        """Sum the coefficients of `forward`'s arguments, and give what they are made of."""
         top_k = top_k_index.shape[1]
         order = torch.sort(top_k_index.flatten(), stable=True).indices
         counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()
         weights = top_k_weights.flatten()[order].split(counts)
         for expert, slots in enumerate(order.split(counts)):
-            rows = self.experts.rows(expert)
-            routed = hidden_states[slots // top_k]
+            rows, tokens = self.experts.rows(expert), slots // top_k
+            routed = hidden_states.index_select(0, tokens)
             gate = functional.linear(routed, self.experts.gate[rows])
             up = functional.linear(routed, self.experts.up[rows])
             self.sums.add(expert, rows, coefficients(gate, up, weights[expert]))
-        return torch.zeros_like(hidden_states)
+            yield Projections(rows, tokens, weights[expert], gate, up)
+
+
+class MeasuredExperts(nn.Module):
+    """The routed experts as they are, with a meter that sums their coefficients meanwhile."""
+
+    def __init__(self, experts: RaggedTier[torch.Tensor], device: torch.device) -> None:
+        super().__init__()
+        self.meter = RoutedExpertsMeter(experts, device)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What `ragged_moe` gives of the same experts, to the bit."""
+        out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+        for part in self.meter.projections(hidden_states, top_k_index, top_k_weights):
+            made = (functional.silu(part.gate) * part.up) @ self.meter.down[part.rows]
+            out.index_add_(0, part.tokens, made.float() * part.weights[:, None])
+        return out.to(hidden_states.dtype)
 
 
 class SharedExpertMeter(nn.Module):
-    """Stands in for a layer's shared experts and sums their coefficients; returns zeros.
+    """Stands in for a layer's shared experts and sums their coefficients; they add nothing.
 
     `routing_gate` `[1, d_model]` is the weight of Qwen2-MoE's sigmoid gate, None where the family
     adds the shared experts as they are.
@@ -122,13 +163,32 @@ class SharedExpertMeter(nn.Module):
         self.sums = CoefficientSums.zeros(weight.shape[0], 1, weight.device)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[..., d_model]` -> zeros of the same shape."""
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        """`[..., d_model]` -> nothing to add to it."""
+        self.projections(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        return nothing(hidden_states)
+
+    def projections(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum the coefficients of `[num_tokens, d_model]`; gate and up that they are made of."""
         gate, up = self.shared.gate_proj(tokens), self.shared.up_proj(tokens)
         self.sums.add(0, slice(None), coefficients(gate, up, self._routing_weight(tokens)))
-        return torch.zeros_like(hidden_states)
+        return gate, up
 
     def _routing_weight(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.routing_gate is None:
             return torch.ones(len(tokens), device=tokens.device)
         return torch.sigmoid(functional.linear(tokens, self.routing_gate)).squeeze(-1)
+
+
+class MeasuredSharedExpert(nn.Module):
+    """The shared experts as they are, with a meter that sums their coefficients meanwhile."""
+
+    def __init__(self, shared: nn.Module, routing_gate: torch.Tensor | None) -> None:
+        super().__init__()
+        self.meter = SharedExpertMeter(shared, routing_gate)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[..., d_model]` -> what the shared experts themselves give, to the bit."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        gate, up = self.meter.projections(tokens)
+        made = self.meter.shared.down_proj(functional.silu(gate) * up)
+        return made.view(hidden_states.shape)
