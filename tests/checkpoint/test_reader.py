@@ -33,6 +33,22 @@ def test_tensors_are_read_from_the_shard_that_holds_them(model: Path) -> None:
         assert checkpoint.get(name).equal(load_file(entry.file)[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_found_wherever_it_lies(
+    model: Path, value: float, dtype: torch.dtype
+) -> None:
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    file = Checkpoint.open(model).entries[name].file
+    tensors = load_file(file)
+    for place in ((0, 0), (0, 1), (31, 17), (63, 63)):
+        weight = torch.randn(64, 64).to(dtype)
+        weight[place] = value
+        save_file(tensors | {name: weight}, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"{name} holds 1 NaN or Inf values of 4096"):
+            Checkpoint.open(model).get(name)
+
+
 def test_expert_bytes_count_routed_and_shared_experts(model: Path) -> None:
     # 2 layers × (8 experts × 64 + 96 shared) micro-experts × 3 vectors of 64 bf16 weights.
     assert Checkpoint.open(model).expert_bytes == 2 * (8 * 64 + 96) * 3 * 64 * 2
