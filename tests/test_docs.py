@@ -42,6 +42,11 @@ RUN_ELSEWHERE = {
     "make format": ".ci/run",
     "make demo": "tests/e2e/test_reference_moe.py",
     "pip install 'camera-serve[vllm]'": "tests/test_project.py",
+    "pip install 'camera-serve[vllm,evaluation]'": "tests/test_project.py",
+    "lm_eval --model vllm --model_args pretrained=OUT --tasks wikitext": "tests/e2e/test_server.py",
+    "python -m camera_serve.hf lm_eval --model hf --model_args pretrained=OUT --tasks wikitext": (
+        "tests/hf/test_main.py"
+    ),
 }
 """By command, what runs it, or its parts where it needs a machine that is not there."""
 
@@ -122,10 +127,12 @@ def test_every_command_runs(
     for command in commands(page):
         if command.startswith("camera-serve "):
             run(command, names)
+        elif command in RUN_ELSEWHERE:
+            assert (ROOT / RUN_ELSEWHERE[command]).exists(), command
         elif re.match(r"(\.venv/bin/)?python -m ", command):
             check_program(command)
-        elif not command.startswith(NEEDS_DOCKER):
-            assert (ROOT / RUN_ELSEWHERE[command]).exists(), command
+        else:
+            assert command.startswith(NEEDS_DOCKER), command
 
 
 def test_every_subcommand_is_explained() -> None:
