@@ -65,7 +65,7 @@ LAYERS = {
         {"kernels"},
         {"ragged"},
         {"models", "recipe"},
-        {"progress", "runtime", "signatures"},
+        {"progress", "runtime"},
         {"errors"},
     ),
     "bench": (

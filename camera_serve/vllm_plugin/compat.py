@@ -11,16 +11,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-import vllm
-from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from camera_serve.checkpoint.format import Shapes
-from camera_serve.errors import ServingError
-from camera_serve.vllm_plugin import is_untested
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -76,22 +73,6 @@ def hub_shapes(model: str, revision: str | None) -> Shapes:
     """Tensor shapes of a hub model from its safetensors headers; empty when it cannot be asked."""
     metadata = get_safetensors_params_metadata(model, revision=revision)
     return {name: tuple(info["shape"]) for name, info in metadata.items()}
-
-
-@cache
-def check_small_layer() -> None:
-    """Raise `ServingError` where an untested vLLM makes another output of a small layer."""
-    if not is_untested(vllm.__version__):
-        return
-    from camera_serve.vllm_plugin.contract import TOLERANCE, small_layer_error
-
-    with set_current_vllm_config(VllmConfig()):
-        error = small_layer_error()
-    if error > TOLERANCE:
-        raise ServingError(
-            f"vLLM {vllm.__version__} is newer than this camera-serve, and a small layer comes out "
-            f"{error:.1%} off: update camera-serve, or install a vLLM it was tested with"
-        )
 
 
 def weights_are_read() -> bool:

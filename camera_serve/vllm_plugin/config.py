@@ -15,11 +15,11 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from camera_serve.checkpoint.format import CameraQuantizationConfig
-from camera_serve.errors import CheckpointError, ServingError, quoted
+from camera_serve.errors import CheckpointError, quoted
 from camera_serve.models import Projection, describe
 from camera_serve.models.families import FAMILIES, Family
 from camera_serve.models.structure import PROJECTIONS
-from camera_serve.vllm_plugin.compat import check_small_layer, hub_shapes
+from camera_serve.vllm_plugin.compat import hub_shapes
 from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
 from camera_serve.vllm_plugin.loading import TierCounts, check_folder, check_hub_model
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
@@ -81,7 +81,6 @@ class CameraConfig(QuantizationConfig):
         """
         if hf_config is None:
             raise CheckpointError(f"{model_name} gives vLLM no Hugging Face config.json")
-        check_small_layer()
         structure = describe(hf_config)
         self._model_type = structure.family.model_type
         with _remedy(model_name):
@@ -127,12 +126,6 @@ class CameraConfig(QuantizationConfig):
         def name(expert: int, projection: Projection) -> str:
             return f"{moe_prefix}.experts.{expert}.{projections[projection]}"
 
-        if moe_prefix not in self.quantization.layers:
-            raise ServingError(
-                f"{moe_prefix} is a MoE layer that config.json of this CAMERA checkpoint does not "
-                "list, as a draft model's is: start without --speculative-config, or give it "
-                "another model (method ngram needs none)"
-            )
         counts = self.quantization.layout(moe_prefix).experts
         return CameraMoEMethod(layer.moe_config, counts, self.quantization.tiers, moe_prefix, name)
 

@@ -18,7 +18,7 @@ from camera_serve.checkpoint.format import (
     part_shapes,
 )
 from camera_serve.checkpoint.reader import Checkpoint, check_shapes
-from camera_serve.errors import CheckpointError, ServingError
+from camera_serve.errors import CheckpointError
 from camera_serve.models import MoeStructure, Projection
 from camera_serve.models.structure import PROJECTIONS
 from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier, Rows
@@ -183,7 +183,6 @@ class RowLoader:
             for part, shape in self._shapes(expert, projection).items()
             if 0 not in shape
         }
-        self._is_complete = False
 
     def load(
         self,
@@ -197,10 +196,8 @@ class RowLoader:
 
         rows: the projection's rows on this rank, tier by tier; tensor: a part of the expert's
         projection as the checkpoint has it. Raises `CheckpointError` for another shape, for scales
-        that are not positive, and for an expert the layer does not have; `ServingError` once all
-        of them have come and been given to the kernel.
+        that are not positive, and for an expert the layer does not have.
         """
-        self.check_open()
         if not 0 <= expert < len(self.split.runs):
             raise CheckpointError(
                 f"tensor {self._name(expert, projection)}.{part} belongs to expert {expert}; "
@@ -220,15 +217,6 @@ class RowLoader:
         self._missing.discard((expert, projection, part))
         return True
 
-    def check_open(self) -> None:
-        """Raise `ServingError` once all tensors have come and been given to the kernel."""
-        if self._is_complete:
-            raise ServingError(
-                f"a tensor of {self._name(0, 'down').rpartition('.')[0]} came after the model was "
-                "loaded: the weights of a CAMERA checkpoint cannot be replaced in a running server "
-                "(reload_weights, update_weights); start another with the new checkpoint"
-            )
-
     def check_complete(self) -> None:
         """Raise `CheckpointError` naming the first tensor that never arrived."""
         if self._missing:
@@ -238,7 +226,6 @@ class RowLoader:
                 f"({len(self._missing)} of this layer are missing): a safetensors shard is missing "
                 "or incomplete; copy or compress the checkpoint again"
             )
-        self._is_complete = True
 
     def _shapes(self, expert: int, projection: Projection) -> dict[Part, tuple[int, ...]]:
         counts = self.split.counts[expert]

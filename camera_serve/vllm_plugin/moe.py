@@ -31,11 +31,6 @@ from camera_serve.vllm_plugin.loading import (
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-LOAD_FORMATS = (
-    *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy"),
-)
-"""Those that hand every tensor of the folder to its loader, or none."""
-
 _PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w3": "up", "w2": "down"}
 
 
@@ -111,7 +106,6 @@ class CameraMoEMethod(MoEMethodBase):
         like, top_k = layer.w2_weight.data, self.moe.experts_per_token
         self._experts = choice.pack(layer, self._rows(layer), like, top_k)
         release(layer, (f"{half}_{part}" for half in ("w13", "w2") for part in PARTS))
-        layer.register_state_dict_pre_hook(_refuse_saving)
 
     def apply(
         self,
@@ -146,7 +140,6 @@ class CameraMoEMethod(MoEMethodBase):
         return_success: bool = False,
     ) -> bool:
         assert self._loader is not None
-        self._loader.check_open()
         if shard_id == "w2":
             held = RankRows(*(getattr(layer, f"w2_{p}").data for p in PARTS))
         else:
@@ -176,11 +169,6 @@ class CameraMoEMethod(MoEMethodBase):
                 "LoRA adapters are made for experts of the original width: merge the adapter into "
                 "the dense model and compress that, or start without --enable-lora"
             )
-        if (load_format := config.load_config.load_format) not in LOAD_FORMATS:
-            raise ServingError(
-                f"--load-format {load_format} does not read the tensors of a CAMERA checkpoint one "
-                f"by one: start with --load-format auto (known are {', '.join(LOAD_FORMATS)})"
-            )
         graphs = config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
         if graphs and (reason := choice.why_no_cuda_graphs(self.moe.in_dtype)):
             raise ServingError(
@@ -200,12 +188,3 @@ class CameraMoEMethod(MoEMethodBase):
                 f"{self._prefix}: vLLM wants {layer.global_num_experts} experts, the checkpoint "
                 f"has {len(self._counts)}: fused shared or redundant experts are not supported"
             )
-
-
-def _refuse_saving(module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-    """The layer's weights are in the kernel's order, which no loader knows."""
-    raise ServingError(
-        "the experts of a CAMERA checkpoint cannot be saved by vLLM (save_sharded_state, "
-        "--load-format sharded_state): serve the checkpoint's own folder, which every rank reads "
-        "its part of"
-    )

@@ -115,7 +115,6 @@ class PackedLinearMethod(LinearMethodBase):
         shard_id: int | None = None,
     ) -> None:
         assert self._loader is not None
-        self._loader.check_open()
         index = shard_id or 0
         rows = _held(layer, index).by_tier(self._loader.split.num_rows, self._expert.tiers.bits)
         self._loader.load(rows, loaded_weight, 0, self.projections[index], part)

@@ -6,7 +6,7 @@ from transformers import AutoConfig
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from camera_serve.errors import ServingError
-from camera_serve.vllm_plugin import contract, register, version_problem
+from camera_serve.vllm_plugin import register, version_problem
 from camera_serve.vllm_plugin.config import CameraConfig
 
 
@@ -33,7 +33,7 @@ def test_supported_versions(version: str) -> None:
     assert version_problem(version) is None
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.9.2", "dev"])
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "dev"])
 def test_other_versions_are_named_with_the_remedy(version: str) -> None:
     problem = version_problem(version)
     assert problem is not None
@@ -41,41 +41,10 @@ def test_other_versions_are_named_with_the_remedy(version: str) -> None:
     assert "'vllm>=0.26,<0.34'" in problem
 
 
-def test_an_old_vllm_refuses_our_checkpoints_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "__version__", "0.25.0")
+def test_an_unknown_vllm_refuses_our_checkpoints_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
     register()
     refused = get_quantization_config("camera")
-    with pytest.raises(ServingError, match=r"0\.26 and newer.*this is vLLM 0\.25\.0"):
+    with pytest.raises(ServingError, match=r"0\.26 to 0\.33.*this is vLLM 0\.34\.0"):
         refused.from_config({"quant_method": "camera"})
     assert refused.override_quantization_method({"quant_method": "fp8"}, None) is None
-
-
-@pytest.mark.parametrize("version", ["0.34.0", "0.35.1.dev3+cpu", "1.0.0"])
-def test_a_newer_vllm_that_keeps_the_contract_serves_with_a_warning(
-    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(vllm, "__version__", version)
-    register()
-    assert get_quantization_config("camera") is CameraConfig
-    assert f"up to 0.33, and this is {version}" in caplog.text
-
-
-def test_a_newer_vllm_that_breaks_the_contract_is_refused_with_what_changed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(vllm, "__version__", "0.34.0")
-    monkeypatch.setattr(contract, "broken_items", lambda: iter(["x has no y"]))
-    register()
-    wanted = r"vLLM 0\.34\.0 is newer .* x has no y\. Update camera-serve, or install 'vllm>=0\.26"
-    with pytest.raises(ServingError, match=wanted):
-        get_quantization_config("camera").from_config({"quant_method": "camera"})
-
-
-def test_a_plugin_that_does_not_import_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
-        raise ImportError("cannot import name 'Gone'")
-
-    monkeypatch.setattr(vllm, "__version__", "0.34.0")
-    monkeypatch.setattr(contract, "broken_items", fail)
-    problem = version_problem("0.34.0")
-    assert problem is not None and "does not load (ImportError: cannot import name" in problem
