@@ -15,21 +15,21 @@ from camera_serve.vllm_plugin.experts import Experts
 logger = init_logger(__name__)
 
 
-def pack(layer: nn.Module, rows: RaggedLayer, like: torch.Tensor, top_k: int) -> Experts:
-    """Hand rows over to the fastest kernel there is; it holds them on `layer`, `rows` are used up.
+def pack(holder: nn.Module, rows: RaggedLayer, like: torch.Tensor, top_k: int) -> Experts:
+    """Hand rows over to the fastest kernel there is; it holds them on `holder`, `rows` are used up.
 
     like: any tensor `[…, d_model]` of the activations' dtype and device; top_k: experts per token.
     Raises `KernelError` for rows the kernel cannot take, `KernelBuildError` without a compiler.
     """
     if reason := why_no_kernel(like.dtype):
         logger.warning_once("camera-serve: experts run in plain torch, slowly: %s", reason)
-        return torch_moe.pack(layer, rows)
+        return torch_moe.pack(holder, rows)
     if current_platform.is_cpu():
-        return cpu_moe.pack(layer, rows)
+        return cpu_moe.pack(holder, rows)
     # Not at the top: without a GPU, Triton need not be there.
     from camera_serve.vllm_plugin import triton_moe
 
-    experts = triton_moe.pack(layer, rows, like.dtype)
+    experts = triton_moe.pack(holder, rows, like.dtype)
     x = like.new_zeros(_most_tokens(), like.shape[-1])
     triton_moe.compile_kernels(experts, x, top_k, rows.num_experts)
     return experts

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from transformers import PreTrainedConfig
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
@@ -15,10 +17,12 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from camera_serve.checkpoint.format import CameraQuantizationConfig
-from camera_serve.errors import CheckpointError, quoted
+from camera_serve.checkpoint.reader import load_config, read_json
+from camera_serve.errors import CheckpointError, ServingError, quoted
 from camera_serve.models import Projection, describe
 from camera_serve.models.families import FAMILIES, Family
 from camera_serve.models.structure import PROJECTIONS
+from camera_serve.vllm_plugin import contract
 from camera_serve.vllm_plugin.compat import hub_shapes
 from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
 from camera_serve.vllm_plugin.loading import TierCounts, check_folder, check_hub_model
@@ -28,13 +32,26 @@ from camera_serve.vllm_plugin.packed_shared import (
     PackedGateUpMethod,
     PackedSharedExpert,
 )
+from camera_serve.vllm_plugin.refusals import (
+    refuse_draft,
+    refuse_method,
+    refuse_overrides,
+    refuse_settings,
+)
+from camera_serve.vllm_plugin.trial import try_layer
 
 
 class CameraConfig(QuantizationConfig):
     """What `quantization_config` says, as vLLM asks for it. Pickled into every worker."""
 
-    def __init__(self, quantization: CameraQuantizationConfig) -> None:
+    def __init__(self, quantization: CameraQuantizationConfig | None = None) -> None:
         super().__init__()
+        if quantization is None:
+            # As vLLM does for `--quantization camera` with a model that is not quantized.
+            raise ServingError(
+                "--quantization camera: config.json has no quantization_config of CAMERA: compress "
+                "the model first (camera-serve compress), then start without --quantization"
+            )
         self.quantization = quantization
         self._model_type = ""
         self._half_built: dict[str, PackedSharedExpert] = {}
@@ -60,7 +77,11 @@ class CameraConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "CameraConfig":
-        """Validate `quantization_config`; raises `CheckpointError` that names the key at fault."""
+        """Validate `quantization_config`; raises `CheckpointError` that names the key at fault.
+
+        And `ServingError` where a vLLM newer than the tested ones has changed what this relies on.
+        """
+        contract.require(vllm.__version__)
         if "layers" not in config:
             raise CheckpointError(
                 "config.json of this CAMERA checkpoint has lost its quantization_config, so the "
@@ -68,6 +89,16 @@ class CameraConfig(QuantizationConfig):
                 "compress the model again"
             )
         return cls(CameraQuantizationConfig.parse(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, *_: Any, **__: Any
+    ) -> None:
+        """None: no other method becomes ours; raises `ServingError` where `--quantization` differs.
+
+        vLLM asks this for every quantized model, so it takes whatever arguments there may be.
+        """
+        refuse_method(user_quant, hf_quant_cfg.get("quant_method"))
 
     def maybe_update_config(
         self,
@@ -77,22 +108,32 @@ class CameraConfig(QuantizationConfig):
     ) -> None:
         """Compare counts, tensor names and shapes with the model, before anything is allocated.
 
-        Raises `CheckpointError` or `UnsupportedModelError`, which stop the server.
+        Raises `CheckpointError`, `ServingError` or `UnsupportedModelError`, which stop the server.
         """
         if hf_config is None:
             raise CheckpointError(f"{model_name} gives vLLM no Hugging Face config.json")
+        refuse_draft(hf_config, model_name)
         structure = describe(hf_config)
         self._model_type = structure.family.model_type
+        folder = Path(model_name)
         with _remedy(model_name):
+            if folder.is_dir():
+                stored = describe(load_config(folder, read_json(folder / "config.json")))
+                refuse_overrides(structure, stored, model_name)
             self.quantization.check(structure)
-            if Path(model_name).is_dir():
-                check_folder(Path(model_name))
+            if folder.is_dir():
+                check_folder(folder)
             else:
                 found = hub_shapes(model_name, revision)
                 check_hub_model(model_name, hf_config, structure, self.quantization, found)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Ragged methods for routed and shared experts, vLLM's own for all other layers."""
+        """Ragged methods for routed and shared experts, vLLM's own for all other layers.
+
+        Raises `ServingError` for a MoE layer that the layout does not list: its tensors would be
+        read as if they were dense. And for settings that cannot be honoured; vLLM has none earlier.
+        """
+        refuse_settings(get_current_vllm_config())
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix.removesuffix(".experts"))
         if not isinstance(layer, LinearBase):
@@ -121,6 +162,15 @@ class CameraConfig(QuantizationConfig):
         return expert
 
     def _experts_method(self, layer: RoutedExperts, moe_prefix: str) -> CameraMoEMethod:
+        if moe_prefix not in self.quantization.layers:
+            raise ServingError(
+                f"vLLM builds a MoE layer {moe_prefix!r}, which quantization_config does not list: "
+                f"it has {len(self.quantization.layers)} layers, the first "
+                f"{min(self.quantization.layers)!r}. Start without the flag that adds or renames "
+                "layers (--speculative-config, --model-impl, --model-class-overrides)"
+            )
+        if contract.is_untested(vllm.__version__):
+            try_layer(layer.moe_config)
         projections = dict(zip(PROJECTIONS, self._family.projections, strict=True))
 
         def name(expert: int, projection: Projection) -> str:

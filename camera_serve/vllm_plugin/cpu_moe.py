@@ -13,9 +13,9 @@ from camera_serve.vllm_plugin.experts import Experts, hold, like_x
 
 @dataclass(frozen=True)
 class _CpuExperts:
-    """tiers: offsets, gate_up and down, tier after tier."""
+    """weights: offsets, gate_up and down, tier after tier."""
 
-    tiers: list[torch.Tensor]
+    weights: list[torch.Tensor]
     bits: list[int]
     group_size: int
 
@@ -23,15 +23,15 @@ class _CpuExperts:
         self, x: torch.Tensor, top_k_weights: torch.Tensor, top_k_ids: torch.Tensor
     ) -> torch.Tensor:
         return torch.ops.vllm.camera_cpu_moe(
-            x, top_k_weights, top_k_ids, self.tiers, self.bits, self.group_size
+            x, top_k_weights, top_k_ids, self.weights, self.bits, self.group_size
         )
 
 
-def pack(layer: nn.Module, rows: RaggedLayer) -> Experts:
-    """Hold the rows on `layer` as the kernel reads them, copied."""
+def pack(holder: nn.Module, rows: RaggedLayer) -> Experts:
+    """Hold the rows on `holder` as the kernel reads them, copied."""
     packed = cpu.pack_layer(rows)
     held = [
-        hold(layer, f"{name}_{number}", getattr(tier, name))
+        hold(holder, f"{name}_{number}", getattr(tier, name))
         for number, tier in enumerate(packed.tiers)
         for name in ("offsets", "gate_up", "down")
     ]

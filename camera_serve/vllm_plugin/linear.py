@@ -51,6 +51,15 @@ class _SharedExpertMethod(UnquantizedLinearMethod):
         self._loader = RowLoader(split, DENSE_TIERS, self._name, d_model, self.projections)
         return padded_rows(self._counts, tp_size)
 
+    def _fill(self, rows: torch.Tensor, tensor: torch.Tensor, index: int = 0) -> None:
+        """Copy the rank's rows of one of the projections; the padding below them is zero.
+
+        vLLM reloads weights into fresh memory, not into what `create_weights` has zeroed.
+        """
+        assert self._loader is not None
+        self._loader.load([rows], tensor, 0, self.projections[index])
+        rows[sum(self._loader.split.num_rows) :].zero_()
+
     def _name(self, expert: int, projection: Projection) -> str:
         return f"{self._module}.{projection}_proj"
 
@@ -88,9 +97,7 @@ class SharedGateUpMethod(_SharedExpertMethod):
         layer.weight.data.zero_()
 
     def _load(self, param: Parameter, loaded_weight: torch.Tensor, shard_id: int) -> None:
-        assert self._loader is not None
-        rows = param.data.unflatten(0, (2, -1))[shard_id]
-        self._loader.load([rows], loaded_weight, 0, self.projections[shard_id])
+        self._fill(param.data.unflatten(0, (2, -1))[shard_id], loaded_weight, shard_id)
 
 
 class SharedDownMethod(_SharedExpertMethod):
@@ -126,5 +133,4 @@ class SharedDownMethod(_SharedExpertMethod):
     def _load(
         self, param: Parameter, loaded_weight: torch.Tensor, shard_id: int | None = None
     ) -> None:
-        assert self._loader is not None
-        self._loader.load([param.data.t()], loaded_weight, 0, "down")
+        self._fill(param.data.t(), loaded_weight)

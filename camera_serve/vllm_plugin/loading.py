@@ -175,14 +175,15 @@ class RowLoader:
         self._tiers = tiers
         self._name = name
         self._d_model = d_model
-        self._missing = {
+        self._expected = frozenset(
             (expert, projection, part)
             for expert, runs in enumerate(split.runs)
             for projection in projections
             if runs is not None
             for part, shape in self._shapes(expert, projection).items()
             if 0 not in shape
-        }
+        )
+        self._missing = set(self._expected)
 
     def load(
         self,
@@ -218,7 +219,10 @@ class RowLoader:
         return True
 
     def check_complete(self) -> None:
-        """Raise `CheckpointError` naming the first tensor that never arrived."""
+        """Raise `CheckpointError` naming the first tensor that never arrived.
+
+        If none is missing, the next loading starts anew.
+        """
         if self._missing:
             expert, projection, part = min(self._missing)
             raise CheckpointError(
@@ -226,6 +230,7 @@ class RowLoader:
                 f"({len(self._missing)} of this layer are missing): a safetensors shard is missing "
                 "or incomplete; copy or compress the checkpoint again"
             )
+        self._missing = set(self._expected)
 
     def _shapes(self, expert: int, projection: Projection) -> dict[Part, tuple[int, ...]]:
         counts = self.split.counts[expert]

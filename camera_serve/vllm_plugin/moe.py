@@ -1,22 +1,19 @@
 """Routed experts in vLLM: ragged parameters, their loading, and the choice of the kernel."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn import Parameter
-from vllm.config import CUDAGraphMode, get_current_vllm_config
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig
 
 from camera_serve.checkpoint.format import PARTS, Part, Tiers
-from camera_serve.errors import ServingError
 from camera_serve.models import Projection
 from camera_serve.ragged.layer import RaggedLayer
 from camera_serve.vllm_plugin import choice
 from camera_serve.vllm_plugin.compat import MoEMethodBase, weights_are_read
-from camera_serve.vllm_plugin.experts import Experts, expect, release
+from camera_serve.vllm_plugin.experts import Experts, expect, install, release
 from camera_serve.vllm_plugin.loading import (
     RankRows,
     RankSplit,
@@ -27,9 +24,13 @@ from camera_serve.vllm_plugin.loading import (
     ragged_layer,
     split_layer,
 )
+from camera_serve.vllm_plugin.refusals import refuse_layer
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+Pack = Callable[[nn.Module, RaggedLayer, torch.Tensor, int], Experts]
+"""What `choice.pack` does: a module to hold the rows, the rows, a tensor like x, top_k."""
 
 _PROJECTIONS: dict[str, Projection] = {"w1": "gate", "w3": "up", "w2": "down"}
 
@@ -38,7 +39,7 @@ class CameraMoEMethod(MoEMethodBase):
     """The experts of one MoE layer, each at its own d_ff.
 
     counts: micro-experts by expert and tier; moe_prefix: `model.layers.3.mlp`; name: the checkpoint
-    prefix of an expert's projection. Raises `ServingError` for what the kernel cannot do.
+    prefix of an expert's projection; pack: who makes a kernel of the loaded rows.
     """
 
     def __init__(
@@ -48,15 +49,16 @@ class CameraMoEMethod(MoEMethodBase):
         tiers: Tiers,
         moe_prefix: str,
         name: Callable[[int, Projection], str],
+        pack: Pack = choice.pack,
     ) -> None:
         super().__init__(moe)
         self._counts = counts
         self._tiers = tiers
         self._prefix = moe_prefix
         self._name = name
+        self._pack = pack
         self._loader: RowLoader | None = None
         self._experts: Experts | None = None
-        self._refuse_engine_settings()
 
     def create_weights(
         self,
@@ -70,16 +72,17 @@ class CameraMoEMethod(MoEMethodBase):
         """Allocate the rank's rows of every tier only (`RankRows`); gate and up come in pairs.
 
         Down is stored transposed. Experts of other ranks have no rows, so global expert ids index
-        the offsets on every rank and no expert map is needed.
+        the offsets on every rank and no expert map is needed. Raises `ServingError` for a layer the
+        kernels do not reproduce.
         """
-        self._refuse_layer_settings(layer)
+        refuse_layer(layer, self._prefix, len(self._counts))
         split = self._split(layer)
         self._loader = RowLoader(split, self._tiers, self._name, hidden_size)
         for part, shape in RankRows.shapes(split.num_rows, self._tiers, hidden_size).items():
             dtype = part_dtype(part, params_dtype)
             for name, full in ((f"w13_{part}", (2, *shape)), (f"w2_{part}", shape)):
                 empty = torch.empty(full, dtype=dtype)
-                expect(layer, name, empty, partial(self._load, layer, part))
+                expect(layer, name, empty, self._loading(part))
 
     def maybe_roundup_sizes(
         self,
@@ -97,14 +100,18 @@ class CameraMoEMethod(MoEMethodBase):
     def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
         """Refuse to serve weights that never arrived; random weights are wanted for `dummy`.
 
-        Then hand the rows over to the fastest kernel there is for the device and dtype.
+        Then hand the rows over to the fastest kernel there is for the device and dtype, or to the
+        one that runs already.
         """
         if not weights_are_read():
             fill_dummy_grids(layer.w13_scales, layer.w2_scales)
         elif self._loader:
             self._loader.check_complete()
         like, top_k = layer.w2_weight.data, self.moe.experts_per_token
-        self._experts = choice.pack(layer, self._rows(layer), like, top_k)
+        rows = self._rows(layer)
+        self._experts = install(
+            layer, self._experts, lambda holder: self._pack(holder, rows, like, top_k)
+        )
         release(layer, (f"{half}_{part}" for half in ("w13", "w2") for part in PARTS))
 
     def apply(
@@ -128,25 +135,26 @@ class CameraMoEMethod(MoEMethodBase):
         down = RankRows(*(getattr(layer, f"w2_{part}").data for part in PARTS))
         return ragged_layer(gate, up, down, self._loader.split, self._tiers.bits)
 
-    def _load(
-        self,
-        layer: "RoutedExperts",
-        part: Part,
-        param: Parameter,
-        loaded_weight: torch.Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool:
-        assert self._loader is not None
-        if shard_id == "w2":
-            held = RankRows(*(getattr(layer, f"w2_{p}").data for p in PARTS))
-        else:
-            half = 0 if shard_id == "w1" else 1
-            held = RankRows(*(getattr(layer, f"w13_{p}").data[half] for p in PARTS))
-        rows = held.by_tier(self._loader.split.num_rows, self._tiers.bits)
-        return self._loader.load(rows, loaded_weight, expert_id, _PROJECTIONS[shard_id], part)
+    def _loading(self, part: Part) -> Callable[..., bool]:
+        def load(
+            layer: "RoutedExperts",
+            param: Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool:
+            assert self._loader is not None
+            if shard_id == "w2":
+                held = RankRows(*(getattr(layer, f"w2_{p}").data for p in PARTS))
+            else:
+                half = 0 if shard_id == "w1" else 1
+                held = RankRows(*(getattr(layer, f"w13_{p}").data[half] for p in PARTS))
+            rows = held.by_tier(self._loader.split.num_rows, self._tiers.bits)
+            return self._loader.load(rows, loaded_weight, expert_id, _PROJECTIONS[shard_id], part)
+
+        return load
 
     def _split(self, layer: "RoutedExperts") -> RankSplit:
         local_id = layer._map_global_expert_id_to_local_expert_id
@@ -156,35 +164,3 @@ class CameraMoEMethod(MoEMethodBase):
             tp_rank=self.moe.tp_rank,
             held=[local_id(expert) >= 0 for expert in range(len(self._counts))],
         )
-
-    def _refuse_engine_settings(self) -> None:
-        config = get_current_vllm_config()
-        if self.moe.moe_parallel_config.enable_eplb:
-            raise ServingError(
-                "expert load balancing moves experts between equal slots, and the experts of a "
-                "CAMERA checkpoint differ in width: start without --enable-eplb"
-            )
-        if config.lora_config is not None:
-            raise ServingError(
-                "LoRA adapters are made for experts of the original width: merge the adapter into "
-                "the dense model and compress that, or start without --enable-lora"
-            )
-        graphs = config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
-        if graphs and (reason := choice.why_no_cuda_graphs(self.moe.in_dtype)):
-            raise ServingError(
-                f"experts would run in a loop that CUDA graphs cannot capture ({reason}): start "
-                "with --enforce-eager"
-            )
-
-    def _refuse_layer_settings(self, layer: "RoutedExperts") -> None:
-        if layer.activation != MoEActivation.SILU:
-            raise ServingError(f"{self._prefix}: activation {layer.activation} is not silu")
-        if layer.apply_router_weight_on_input:
-            raise ServingError(
-                f"{self._prefix}: router weights on the experts' input are not known"
-            )
-        if layer.global_num_experts != len(self._counts):
-            raise ServingError(
-                f"{self._prefix}: vLLM wants {layer.global_num_experts} experts, the checkpoint "
-                f"has {len(self._counts)}: fused shared or redundant experts are not supported"
-            )

@@ -5,7 +5,7 @@ as they are, but all three at once. So `gate_up_proj` is the whole MLP, and what
 output through.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from camera_serve.models import Projection
 from camera_serve.models.structure import PROJECTIONS
 from camera_serve.vllm_plugin import choice
 from camera_serve.vllm_plugin.compat import weights_are_read
-from camera_serve.vllm_plugin.experts import Experts, expect, release
+from camera_serve.vllm_plugin.experts import Experts, expect, install, release
 from camera_serve.vllm_plugin.loading import (
     RankRows,
     RankSplit,
@@ -50,14 +50,17 @@ class PackedSharedExpert:
     def add(self, layer: LinearBase, rows: dict[Projection, RankRows], split: RankSplit) -> None:
         """Take the rows of one of the two linear layers; with both, the kernel gets them.
 
-        It holds them on `layer`, the second one.
+        It holds them below `layer`, the second one, and there they stay when vLLM loads others.
         """
         self._loaded |= rows
         if len(self._loaded) < len(PROJECTIONS):
             return
         gate, up, down = (self._loaded.pop(projection) for projection in PROJECTIONS)
         whole = ragged_layer(gate, up, down, split, self.tiers.bits)
-        self._experts = choice.pack(layer, whole, cast(torch.Tensor, layer.weight), top_k=1)
+        like = cast(torch.Tensor, layer.weight)
+        self._experts = install(
+            layer, self._experts, lambda holder: choice.pack(holder, whole, like, top_k=1)
+        )
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
         """The rank's summand of the MLP's output, as x: `[num_tokens, d_model]`."""
@@ -93,7 +96,7 @@ class PackedLinearMethod(LinearMethodBase):
         for part, shape in RankRows.shapes(split.num_rows, tiers, d_model).items():
             full = (len(self.projections), *shape)
             empty = torch.empty(full, dtype=part_dtype(part, params_dtype))
-            expect(layer, part, empty, partial(self._load, layer, part))
+            expect(layer, part, empty, self._loading(part))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Refuse weights that never arrived; random weights are wanted for `dummy`."""
@@ -106,18 +109,20 @@ class PackedLinearMethod(LinearMethodBase):
         self._expert.add(layer, rows, self._loader.split)
         release(layer, PARTS)
 
-    def _load(
-        self,
-        layer: LinearBase,
-        part: Part,
-        param: Parameter,
-        loaded_weight: torch.Tensor,
-        shard_id: int | None = None,
-    ) -> None:
-        assert self._loader is not None
-        index = shard_id or 0
-        rows = _held(layer, index).by_tier(self._loader.split.num_rows, self._expert.tiers.bits)
-        self._loader.load(rows, loaded_weight, 0, self.projections[index], part)
+    def _loading(self, part: Part) -> Callable[..., None]:
+        def load(
+            layer: LinearBase,
+            param: Parameter,
+            loaded_weight: torch.Tensor,
+            shard_id: int | None = None,
+        ) -> None:
+            assert self._loader is not None
+            index = shard_id or 0
+            bits = self._expert.tiers.bits
+            rows = _held(layer, index).by_tier(self._loader.split.num_rows, bits)
+            self._loader.load(rows, loaded_weight, 0, self.projections[index], part)
+
+        return load
 
     def _name(self, expert: int, projection: Projection) -> str:
         return f"{self._expert.module}.{projection}_proj"

@@ -12,9 +12,9 @@ from camera_serve.vllm_plugin.experts import Experts, hold, like_x
 
 @dataclass(frozen=True)
 class _TorchExperts:
-    """rows: gate, up and down, tier after tier, packed ones as words, scales and zeros."""
+    """weights: gate, up and down, tier after tier, packed ones as words, scales and zeros."""
 
-    rows: list[torch.Tensor]
+    weights: list[torch.Tensor]
     offsets: torch.Tensor
     bits: list[int]
 
@@ -22,21 +22,21 @@ class _TorchExperts:
         self, x: torch.Tensor, top_k_weights: torch.Tensor, top_k_ids: torch.Tensor
     ) -> torch.Tensor:
         return torch.ops.vllm.camera_ragged_moe(
-            x, top_k_weights, top_k_ids, self.rows, self.offsets, self.bits
+            x, top_k_weights, top_k_ids, self.weights, self.offsets, self.bits
         )
 
 
-def pack(layer: nn.Module, rows: RaggedLayer) -> Experts:
-    """Hold the rows on `layer` as they are."""
+def pack(holder: nn.Module, rows: RaggedLayer) -> Experts:
+    """Hold the rows on `holder` as they are."""
     held: list[torch.Tensor] = []
     bits = []
     for tier in rows.tiers:
         bits.append(tier.gate.bits if isinstance(tier.gate, PackedRows) else 16)
         for matrix in (tier.gate, tier.up, tier.down):
-            held += [hold(layer, f"rows_{len(held) + i}", t) for i, t in enumerate(_parts(matrix))]
+            held += [hold(holder, f"rows_{len(held) + i}", t) for i, t in enumerate(_parts(matrix))]
     device = held[0].device
     offsets = torch.tensor([t.offsets for t in rows.tiers], dtype=torch.int64, device=device)
-    layer.register_buffer("camera_offsets", offsets, persistent=False)
+    holder.register_buffer("offsets", offsets, persistent=False)
     return _TorchExperts(held, offsets, bits)
 
 

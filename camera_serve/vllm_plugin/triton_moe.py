@@ -15,9 +15,9 @@ _PARTS = ("gate", "up", "down", "gate_grid", "up_grid", "down_grid")
 
 @dataclass(frozen=True)
 class _TritonExperts:
-    """A `TritonLayer` in pieces: tensors (those of a tier in the order of `_PARTS`) and numbers."""
+    """A `TritonLayer` in pieces; weights: tier after tier, those of a tier as in `_PARTS`."""
 
-    tiers: list[torch.Tensor]
+    weights: list[torch.Tensor]
     bits: list[int]
     offsets: torch.Tensor
     tile_lists: list[torch.Tensor]
@@ -32,7 +32,7 @@ class _TritonExperts:
             x,
             top_k_weights,
             top_k_ids,
-            self.tiers,
+            self.weights,
             self.bits,
             self.offsets,
             self.tile_lists,
@@ -42,20 +42,20 @@ class _TritonExperts:
         )
 
 
-def pack(layer: nn.Module, rows: RaggedLayer, dtype: torch.dtype) -> Experts:
-    """Hold the rows on `layer` as the kernels read them: in place, `rows` are used up.
+def pack(holder: nn.Module, rows: RaggedLayer, dtype: torch.dtype) -> Experts:
+    """Hold the rows on `holder` as the kernels read them: in place, `rows` are used up.
 
     dtype: of the activations.
     """
     packed = pack_layer(rows, dtype)
     tiers = [
-        hold(layer, f"{name}_{number}", getattr(tier, name))
+        hold(holder, f"{name}_{number}", getattr(tier, name))
         for number, tier in enumerate(packed.tiers)
         for name in _PARTS
     ]
     indices = (packed.offsets, *packed.tile_lists)
     for number, tensor in enumerate(indices):
-        layer.register_buffer(f"camera_indices_{number}", tensor, persistent=False)
+        holder.register_buffer(f"indices_{number}", tensor, persistent=False)
     return _TritonExperts(
         tiers,
         [tier.bits for tier in packed.tiers],

@@ -105,16 +105,9 @@ def _tier_rows(
     return weights.flatten(1), parts
 
 
-def moe_config(tp_size: int = 1, tp_rank: int = 0, *, eplb: bool = False) -> Any:
+def moe_config(tp_size: int = 1, tp_rank: int = 0, *, has_bias: bool = False) -> Any:
     """What of vLLM's configuration of a layer is asked for."""
-    parallel = SimpleNamespace(enable_eplb=eplb)
-    return SimpleNamespace(
-        tp_size=tp_size,
-        tp_rank=tp_rank,
-        moe_parallel_config=parallel,
-        in_dtype=torch.float32,
-        experts_per_token=2,
-    )
+    return SimpleNamespace(tp_size=tp_size, tp_rank=tp_rank, has_bias=has_bias, experts_per_token=2)
 
 
 def make_layer(
@@ -126,10 +119,11 @@ def make_layer(
 ) -> tuple[CameraMoEMethod, Any]:
     """A method and the layer it created weights for; `held`: the experts of this rank."""
     held = range(len(experts.counts)) if held is None else held
-    method = CameraMoEMethod(
-        config or moe_config(), experts.counts, experts.tiers, "layers.0.mlp", name
-    )
+    config = config or moe_config()
+    method = CameraMoEMethod(config, experts.counts, experts.tiers, "layers.0.mlp", name)
     layer: Any = nn.Module()
+    layer.quant_method = method
+    layer.moe_config = config
     layer.activation = MoEActivation.SILU
     layer.apply_router_weight_on_input = False
     layer.global_num_experts = len(experts.counts)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
 from camera_serve.vllm_plugin.packed_shared import (
     PackedDownMethod,
@@ -19,7 +20,10 @@ SHARD_IDS = {"w1": 0, "w3": 1, "w2": None}
 
 
 class Mlp:
-    """The two linear layers on one rank, ready to serve; `first`: which is loaded first."""
+    """The two linear layers on one rank, ready to serve.
+
+    first: which is loaded first; model: who holds the layers, for a test of reloading.
+    """
 
     def __init__(
         self,
@@ -28,6 +32,7 @@ class Mlp:
         tp: tuple[int, int] = (1, 0),
         first: str = "gate_up_proj",
         without: str = "",
+        model: nn.Module | None = None,
     ) -> None:
         self.layers: dict[str, Any] = {}
         shared = PackedSharedExpert(experts.counts, experts.tiers, "mlp.shared_expert")
@@ -39,19 +44,27 @@ class Mlp:
         for linear in sorted(self.methods, reverse=first == "gate_up_proj"):
             layer = self.layers[linear] = nn.Module()
             layer.tp_size, layer.tp_rank = tp  # type: ignore[assignment]
-            self._load(experts, linear, dtype, without)
+            layer.quant_method = self.methods[linear]  # type: ignore[assignment]
+            self._create(experts, linear, dtype)
+            if model is not None:
+                model.add_module(linear, layer)
+                record_metadata_for_reloading(layer)
+            self.load(experts, linear, without)
+            self.methods[linear].process_weights_after_loading(layer)
 
-    def _load(self, experts: Experts, linear: str, dtype: torch.dtype, without: str) -> None:
-        method, layer, width = self.methods[linear], self.layers[linear], experts.num_rows
-        inputs, outputs = experts.d_model, [width, width]
+    def _create(self, experts: Experts, linear: str, dtype: torch.dtype) -> None:
+        inputs, outputs = experts.d_model, [experts.num_rows] * 2
         if linear == "down_proj":
-            inputs, outputs = width, [experts.d_model]
+            inputs, outputs = experts.num_rows, [experts.d_model]
+        method, layer = self.methods[linear], self.layers[linear]
         method.create_weights(layer, inputs, outputs, inputs, sum(outputs), dtype)
+
+    def load(self, experts: Experts, linear: str, without: str = "") -> None:
+        """Call the loaders of one of the layers; `without`: a part that never comes."""
         for (_, shard, part), tensor in experts.tensors.items():
             if (shard == "w2") == (linear == "down_proj") and part != without:
-                param = getattr(layer, part)
+                param = getattr(self.layers[linear], part)
                 param.weight_loader(param, tensor, SHARD_IDS[shard])
-        method.process_weights_after_loading(layer)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         gate_up = self.methods["gate_up_proj"].apply(self.layers["gate_up_proj"], x)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.transformers_utils.config import get_config
 
-from camera_serve.errors import CheckpointError, UnsupportedModelError
+from camera_serve.errors import CheckpointError, ServingError, UnsupportedModelError
 from camera_serve.vllm_plugin import config as plugin
 from camera_serve.vllm_plugin import register
 from camera_serve.vllm_plugin.config import CameraConfig
@@ -180,6 +180,41 @@ def test_pickled_weights_are_refused(checkpoint: Path) -> None:
 def test_a_setting_that_is_not_understood_is_named(checkpoint: Path) -> None:
     edit_config(checkpoint, lambda config: config.update(hidden_act="gelu"))
     assert "hidden_act = 'gelu'" in refusal(checkpoint, UnsupportedModelError)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_size", 128, "makes d_model 128; .* has 64"),
+        ("moe_intermediate_size", 128, "makes d_ff 128; .* has 64"),
+        ("shared_expert_intermediate_size", 48, "makes shared_d_ff 48; .* has 96"),
+        ("num_experts", 4, "makes num_experts 4; .* has 8"),
+        ("num_hidden_layers", 1, "makes num_layers 1; .* has 2"),
+    ],
+)
+def test_sizes_that_vllm_was_told_instead_are_refused(
+    checkpoint: Path, key: str, value: int, message: str
+) -> None:
+    hf_config = get_config(checkpoint, trust_remote_code=False)
+    config = CameraConfig.from_config(hf_config.quantization_config)
+    setattr(hf_config, key, value)
+    with pytest.raises(ServingError, match=f"--hf-overrides .*{message}.*start without it"):
+        config.maybe_update_config(str(checkpoint), hf_config=hf_config, revision=None)
+
+
+def test_fewer_experts_per_token_are_the_users_choice(checkpoint: Path) -> None:
+    hf_config = get_config(checkpoint, trust_remote_code=False)
+    config = CameraConfig.from_config(hf_config.quantization_config)
+    hf_config.num_experts_per_tok = 1
+    config.maybe_update_config(str(checkpoint), hf_config=hf_config, revision=None)
+
+
+def test_draft_layers_of_the_checkpoint_are_refused(checkpoint: Path) -> None:
+    hf_config = get_config(checkpoint, trust_remote_code=False)
+    config = CameraConfig.from_config(hf_config.quantization_config)
+    hf_config.update({"model_type": "deepseek_mtp", "architectures": ["DeepSeekMTPModel"]})
+    with pytest.raises(ServingError, match=r"DeepSeekMTPModel.*without --speculative-config"):
+        config.maybe_update_config(str(checkpoint), hf_config=hf_config, revision=None)
 
 
 def test_a_hub_model_is_checked_by_its_headers(

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from camera_serve.checkpoint.format import Tiers
 from camera_serve.errors import CheckpointError, ServingError
-from camera_serve.vllm_plugin import choice, compat
+from camera_serve.vllm_plugin import compat
 from tests.vllm_plugin.experts import (
     Experts,
     loaded_layer,
@@ -135,6 +134,8 @@ def test_dummy_weights_need_no_tensor(vllm_config: VllmConfig, experts: Experts)
         ({"activation": MoEActivation.GELU}, "layers.0.mlp: activation .* is not silu"),
         ({"apply_router_weight_on_input": True}, "layers.0.mlp: router weights on the experts"),
         ({"global_num_experts": 5}, "vLLM wants 5 experts, the checkpoint has 4"),
+        ({"swiglu_limit": 7.0}, "layers.0.mlp: swiglu_limit 7.0 is not known"),
+        ({"moe_config": moe_config(has_bias=True)}, "layers.0.mlp: experts with a bias"),
     ],
 )
 def test_layers_the_kernel_does_not_reproduce_are_refused(
@@ -142,62 +143,6 @@ def test_layers_the_kernel_does_not_reproduce_are_refused(
 ) -> None:
     with pytest.raises(ServingError, match=message):
         make_layer(experts, **settings)
-
-
-def test_expert_load_balancing_is_refused_with_the_remedy(experts: Experts) -> None:
-    with pytest.raises(ServingError, match="start without --enable-eplb"):
-        make_layer(experts, moe_config(eplb=True))
-
-
-def test_lora_is_refused_with_the_remedy(vllm_config: VllmConfig, experts: Experts) -> None:
-    vllm_config.lora_config = SimpleNamespace()
-    with pytest.raises(ServingError, match="without --enable-lora"):
-        make_layer(experts)
-
-
-class Gpu:
-    """A platform of vLLM's with a GPU: an NVIDIA one, or another that torch calls CUDA as well."""
-
-    def __init__(self, *, nvidia: bool) -> None:
-        self.nvidia = nvidia
-
-    def is_cpu(self) -> bool:
-        return False
-
-    def is_cuda_alike(self) -> bool:
-        return True
-
-    def is_cuda(self) -> bool:
-        return self.nvidia
-
-
-@pytest.mark.parametrize("mode", list(CUDAGraphMode))
-def test_cuda_graphs_are_taken_where_the_kernel_is(
-    mode: CUDAGraphMode, vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, experts: Experts
-) -> None:
-    monkeypatch.setattr(choice, "current_platform", Gpu(nvidia=True))
-    vllm_config.compilation_config.cudagraph_mode = mode
-    make_layer(experts)
-
-
-@pytest.mark.parametrize("mode", list(CUDAGraphMode))
-@pytest.mark.parametrize("lacking", ["an NVIDIA GPU", "Triton"])
-def test_cuda_graphs_are_refused_with_the_remedy_where_it_is_not(
-    lacking: str,
-    mode: CUDAGraphMode,
-    vllm_config: VllmConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    experts: Experts,
-) -> None:
-    monkeypatch.setattr(choice, "current_platform", Gpu(nvidia=lacking == "Triton"))
-    monkeypatch.setattr(choice, "find_spec", lambda name: None)
-    vllm_config.compilation_config.cudagraph_mode = mode
-    if mode == CUDAGraphMode.NONE:
-        make_layer(experts)
-        return
-    reason = {"Triton": "Triton, which is not installed", "an NVIDIA GPU": "NVIDIA GPUs, and this"}
-    with pytest.raises(ServingError, match=f"{reason[lacking]}.*start with --enforce-eager"):
-        make_layer(experts)
 
 
 ROUTING_SETTINGS = (

@@ -1,12 +1,15 @@
-"""Registration with vLLM: repeatable, patches nothing, and says which versions it knows."""
+"""Registration with vLLM: repeatable, patches nothing, and leaves other models alone."""
+
+import sys
 
 import pytest
 import vllm
 from transformers import AutoConfig
+from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from camera_serve.errors import ServingError
-from camera_serve.vllm_plugin import register, version_problem
+from camera_serve.vllm_plugin import register
 from camera_serve.vllm_plugin.config import CameraConfig
 
 
@@ -28,23 +31,56 @@ def test_deepseek_v1_needs_no_remote_code() -> None:
     assert config.n_routed_experts == 8
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.27.1", "0.32.0+cpu", "0.33.2rc1.dev5"])
-def test_supported_versions(version: str) -> None:
-    assert version_problem(version) is None
-
-
-@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "dev"])
-def test_other_versions_are_named_with_the_remedy(version: str) -> None:
-    problem = version_problem(version)
-    assert problem is not None
-    assert f"this is vLLM {version}" in problem
-    assert "'vllm>=0.26,<0.34'" in problem
-
-
-def test_an_unknown_vllm_refuses_our_checkpoints_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+def test_a_vllm_that_is_too_old_refuses_our_checkpoints_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.25.1")
     register()
     refused = get_quantization_config("camera")
-    with pytest.raises(ServingError, match=r"0\.26 to 0\.33.*this is vLLM 0\.34\.0"):
+    with pytest.raises(ServingError, match=r"0\.26 and newer.*this is vLLM 0\.25\.1"):
         refused.from_config({"quant_method": "camera"})
     assert refused.override_quantization_method({"quant_method": "fp8"}, None) is None
+
+
+def test_a_vllm_that_lacks_a_name_refuses_our_checkpoints_and_says_which(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    monkeypatch.delitem(sys.modules, "camera_serve.vllm_plugin.config")
+    monkeypatch.delattr(linear, "UnquantizedLinearMethod")
+    register()
+    refused = get_quantization_config("camera")
+    with pytest.raises(ServingError, match=r"0\.99\.0.*UnquantizedLinearMethod.*Upgrade camera-"):
+        refused.from_config({"quant_method": "camera"})
+
+
+def test_a_newer_vllm_is_registered_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    register()
+    assert get_quantization_config("camera") is CameraConfig
+
+
+def test_other_models_are_asked_about_whatever_vllm_asks() -> None:
+    asked = CameraConfig.override_quantization_method
+    assert asked({"quant_method": "fp8"}, None, hf_config=None, novel=1) is None
+    assert asked({"quant_method": "fp8"}, "fp8") is None
+    assert asked({"quant_method": "camera"}, "camera") is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "message"),
+    [
+        ("camera", "bitsandbytes", "--quantization bitsandbytes: .* quantized by CAMERA already"),
+        ("fp8", "camera", "--quantization camera: this checkpoint is quantized with fp8"),
+    ],
+)
+def test_another_quantization_than_the_checkpoints_is_refused(
+    stored: str, given: str, message: str
+) -> None:
+    with pytest.raises(ServingError, match=f"{message}.*start without --quantization"):
+        CameraConfig.override_quantization_method({"quant_method": stored}, given)
+
+
+def test_our_quantization_of_a_dense_model_is_refused() -> None:
+    with pytest.raises(ServingError, match=r"^--quantization camera: .* compress the model first"):
+        CameraConfig()
