@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,11 @@ class Result:
 
 def run(jobs: list[Job], folder: Path, ranks: int = 1, **environment: str) -> list[Result]:
     """Serve the jobs in one new process for each rank; fails with its output when one fails."""
-    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    # A port for each: a rank that is ahead would still find the last engine at the same one.
+    ports = _free_ports(len(jobs))
+    work = [{"job": asdict(job), "port": port} for job, port in zip(jobs, ports, strict=True)]
+    (folder / "work.json").write_text(json.dumps(work))
     environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(_free_port())}
     processes = [_start(folder, rank, environment) for rank in range(ranks)]
     try:
         # A rank whose peer has ended waits for it for ever.
@@ -100,10 +102,12 @@ def _log(folder: Path, rank: int) -> Path:
     return folder / f"log-{rank}"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _serve(job: Job) -> Result:
@@ -176,10 +180,11 @@ def _inspect_here(model: Path) -> None:
 
 def _main(folder: Path) -> None:
     results = []
-    for job in json.loads((folder / "jobs.json").read_text()):
+    for work in json.loads((folder / "work.json").read_text()):
+        os.environ["MASTER_PORT"] = str(work["port"])
         # vLLM collects garbage seven times for each engine: not among all that it imported.
         gc.freeze()
-        results.append(asdict(_serve(Job(**job))))
+        results.append(asdict(_serve(Job(**work["job"]))))
         for worker in multiprocessing.active_children():
             worker.kill()
     if os.environ["RANK"] == "0":
