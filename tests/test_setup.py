@@ -145,7 +145,7 @@ LEFT_OUT = {
     "torchvision": "images; on PyPI for CUDA alone",
     "typer": "the command line of transformers",
 }
-# Builds of one version of torch ask for other things: `install_torch` sees to them.
+# Which build of this version it is, and what that build asks for, is seen to by `install_torch`.
 NOT_ENTERED = "torch"
 
 
@@ -156,7 +156,7 @@ def requirements(*distributions: str) -> dict[str, Requirement]:
     while waiting:
         asking = waiting.pop()
         for line in metadata.requires(asking) or []:
-            wanted = Requirement(line)
+            wanted = Requirement(line.replace("+cpu", ""))
             name = canonicalize_name(wanted.name)
             if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
                 if name not in found and name not in {*LEFT_OUT, NOT_ENTERED}:
