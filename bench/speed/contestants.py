@@ -31,7 +31,7 @@ Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class Contestant:
     """A kernel with its own copy of a layer.
 
-    run: x, top-k weights, top-k ids -> output, as `kernels.reference.ragged_moe`. expert_bytes,
+    run: x, top-k weights, top-k ids -> output, as `ragged.layer.ragged_moe`. expert_bytes,
     expert_d_ff: int64 `[num_experts]`, what reading an expert's weights moves and its width.
     """
 

@@ -95,7 +95,7 @@ def pack_layer(layer: RaggedLayer) -> CpuLayer:
 def ragged_moe(
     x: torch.Tensor, top_k_weights: torch.Tensor, top_k_ids: torch.Tensor, layer: CpuLayer
 ) -> torch.Tensor:
-    """Weighted sum of the routed experts' outputs (Eq. 2), as `kernels.reference.ragged_moe`.
+    """Weighted sum of the routed experts' outputs (Eq. 2), as `ragged.layer.ragged_moe`.
 
     x: bf16 `[num_tokens, d_model]`; top_k_weights: `[num_tokens, top_k]`; top_k_ids: int
     `[num_tokens, top_k]`, where an id outside `[0, num_experts)` adds nothing. Returns a new bf16
