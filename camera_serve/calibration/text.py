@@ -215,7 +215,7 @@ def _refusing_damage(model: Path) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CalibrationError(
-            f"{model} has no tokenizer that works ({described(error)}): put the model's tokenizer "
+            f"{model} has no tokenizer that loads ({described(error)}): put the model's tokenizer "
             "files there"
         ) from error
 

@@ -245,8 +245,8 @@ def read_json(path: Path) -> dict[str, Any]:
             object_pairs_hook=_one_value_per_key,
             parse_constant=_no_number,
         )
-        # Half a surrogate pair is an escape that JSON can spell and no file can hold.
-        json.dumps(data, ensure_ascii=False).encode()
+        # What JSON can spell and no number or file can hold: 1e999, half a surrogate pair.
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: this is not a model folder") from error
     except (OSError, ValueError, RecursionError) as error:

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from camera_serve.checkpoint.files import INDEX, side_files
-from camera_serve.checkpoint.format import MARKER_FILE, CameraQuantizationConfig
+from camera_serve.checkpoint.format import CameraQuantizationConfig
 from camera_serve.checkpoint.reader import Checkpoint, read_json
+from camera_serve.checkpoint.report import REPORT_FILE
 from camera_serve.errors import OutputError
 
 STATE = ".state"
@@ -76,9 +77,9 @@ def sha256_of(path: Path, hashed: Callable[[int], None] = lambda num_bytes: None
 
 def side_files_of(folder: Path) -> list[str]:
     """Names of what engines may read beside weights: config.json, tokenizer, chat template."""
-    names = {*map(str, side_files(folder)), "config.json", INDEX, MARKER_FILE}
-    read = (name for name in names if Path(name).suffix in READ_BY_ENGINES)
-    return sorted(name for name in read if (folder / name).is_file())
+    own = (file.name for file in folder.iterdir() if file.is_file())
+    names = {*map(str, side_files(folder)), *own} - {REPORT_FILE}
+    return sorted(name for name in names if Path(name).suffix in READ_BY_ENGINES)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -34,6 +34,13 @@ class Interrupted(Failure):
 class FriendlyGroup(click.Group):
     """A group that shows a known failure of any subcommand without a traceback."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Split the command line; raises `Failure` for a name that could not be written down."""
+        for word in args:
+            if word.encode(errors="ignore").decode() != word:
+                raise Failure(f"{word!a} is not UTF-8: rename it, as checkpoints and engines want")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; raises `Failure` where it raised something a user can act on."""
         try:

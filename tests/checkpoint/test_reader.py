@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from camera_serve.checkpoint.reader import Checkpoint, resolve
+from camera_serve.checkpoint.reader import Checkpoint, read_json, resolve
 from camera_serve.errors import CheckpointError, UnsupportedModelError
 from tests import tiny_models
 
@@ -177,6 +177,31 @@ def test_a_model_that_is_not_understood_is_refused_with_what_was_not(
 def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json is missing: this is not a model"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": NaN}', "NaN is no number in JSON"),
+        ('{"a": [{"b": -Infinity}]}', "-Infinity is no number"),
+        ('{"a": 1e999}', "not JSON compliant"),
+        ('{"a": {"b": 1, "b": 2}}', "'b' has two values: 1 and 2"),
+        ('{"a": "\\ud800"}', "surrogates not allowed"),
+        ('{"a":' * 100_000, "recursion"),
+        ("[]", "holds a list, wanted a JSON object"),
+    ],
+)
+def test_json_that_others_would_read_in_another_way_is_refused(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"file\.json .*{message}"):
+        read_json(tmp_path / "file.json")
+
+
+def test_a_key_twice_with_one_value_is_one_key(tmp_path: Path) -> None:
+    (tmp_path / "file.json").write_text('{"dtype": "bfloat16", "ü": 1, "dtype": "bfloat16"}')
+    assert read_json(tmp_path / "file.json") == {"dtype": "bfloat16", "ü": 1}
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/model", "a/b/c", "not a name!"])

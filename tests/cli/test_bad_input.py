@@ -58,6 +58,30 @@ def _other_activation(config: dict[str, Any]) -> None:
     config["hidden_act"] = "gelu"
 
 
+def _unknown_rope(config: dict[str, Any]) -> None:
+    config["rope_parameters"]["rope_type"] = "yarnx"
+
+
+def _no_heads(config: dict[str, Any]) -> None:
+    config["num_attention_heads"] = 0
+
+
+def _text_for_a_number(config: dict[str, Any]) -> None:
+    config["hidden_size"] = "64"
+
+
+def _more_choices_than_experts(config: dict[str, Any]) -> None:
+    config["num_experts_per_tok"] = 9
+
+
+def _far_too_deep(config: dict[str, Any]) -> None:
+    config["num_hidden_layers"] = 10**12
+
+
+def _not_a_number(config: dict[str, Any]) -> None:
+    config["rms_norm_eps"] = float("nan")
+
+
 def _quantized(config: dict[str, Any]) -> None:
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
 
@@ -71,6 +95,15 @@ def _quantized(config: dict[str, Any]) -> None:
         (_unknown_class, "Qwen2MoeForSomethingElse"),
         (_other_activation, "hidden_act = 'gelu'"),
         (_quantized, "gptq"),
+        (_unknown_rope, "config.json: transformers cannot build this model with rope_parameters"),
+        (_no_heads, "cannot build this model with num_attention_heads = 0: ZeroDivisionError"),
+        (
+            _text_for_a_number,
+            "config.json: transformers refuses it: TypeError: Field 'hidden_size'",
+        ),
+        (_more_choices_than_experts, "config.json: num_experts_per_tok is 9"),
+        (_far_too_deep, "config.json: num_hidden_layers is 1000000000000"),
+        (_not_a_number, "config.json cannot be read as JSON: NaN is no number"),
     ],
 )
 @pytest.mark.parametrize("command", ["compress", "analyze", "inspect", "verify"])
@@ -250,6 +283,34 @@ def test_a_weight_that_is_not_finite_is_refused_by_tensor(
 
     edit_weights(copy, spoil)
     _assert_refused(run, command, copy, small, EXPERT, "1 NaN or Inf")
+
+
+def _negative_epsilon(config: dict[str, Any]) -> None:
+    config["rms_norm_eps"] = -1e30
+
+
+def _other_attention(config: dict[str, Any]) -> None:
+    config["layer_types"][0] = "linear_attention"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_negative_epsilon, "layer 0 makes NaN or Inf of "),
+        (_other_attention, "layer 0 cannot"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compress", "analyze"])
+def test_settings_that_only_fail_when_run_are_refused_and_leave_nothing(
+    run: Run,
+    copy: Path,
+    small: list[str],
+    change: Callable[[dict[str, Any]], None],
+    named: str,
+    command: str,
+) -> None:
+    edit_config(copy, change)
+    _assert_refused(run, command, copy, small, named)
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])

@@ -9,6 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from camera_serve.cli import main
 from camera_serve.cli.failures import FriendlyGroup
 from camera_serve.errors import CheckpointError
 
@@ -30,6 +31,15 @@ def test_a_known_error_is_one_paragraph_on_stderr() -> None:
     assert result.exit_code == 1
     assert result.stderr == "error: first line second line\n"
     assert result.stdout == ""
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_any_work() -> None:
+    for word in ("\udcff", "--out=\udce9"):
+        result = CliRunner().invoke(main, ["inspect", word])
+        assert result.exit_code == 1
+        assert result.stderr == f"error: {word!a} is not UTF-8: rename it, as checkpoints and " + (
+            "engines want\n"
+        )
 
 
 @pytest.mark.parametrize(

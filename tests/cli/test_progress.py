@@ -32,6 +32,19 @@ def test_a_log_gets_one_plain_line_per_layer(capsys: pytest.CaptureFixture[str])
     ]
 
 
+def test_a_log_of_bytes_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    with shown_progress() as on_progress:
+        for second in range(41):
+            left = 40.0 - second if second else None
+            on_progress(Progress("hash", second * 2**30, 40 * 2**30, second, left, 2**30, "bytes"))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[1] for line in lines] == [
+        *("0 B of 40.0 GiB", "10.0 GiB of 40.0 GiB", "20.0 GiB of 40.0 GiB"),
+        *("30.0 GiB of 40.0 GiB", "40.0 GiB of 40.0 GiB"),
+    ]
+    assert lines[1] == "hash  10.0 GiB of 40.0 GiB  10 s, 30 s left, peak memory 1.0 GiB"
+
+
 def test_a_report_raises_the_interrupt_that_a_library_swallowed() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

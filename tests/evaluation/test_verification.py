@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from camera_serve.converters.dense import convert_to_dense
 from safetensors.torch import load_file, save_file
 
+from camera_serve.checkpoint import writer
 from camera_serve.checkpoint.report import REPORT_FILE
 from camera_serve.errors import CheckpointError
 from camera_serve.evaluation.verification import verify
@@ -202,12 +205,24 @@ def test_json_lists_the_dropped(dense: Path, compressed: Path) -> None:
     assert data["layers"][1]["num_dropped"] == found.layers[1].num_dropped
 
 
-def test_progress_counts_bytes_up_to_the_last(dense: Path, compressed: Path) -> None:
-    reports: list[Progress] = []
-    verify(compressed, dense, on_progress=reports.append)
-    done = [report.done for report in reports]
-    assert done[0] == 0 and done == sorted(done)
-    assert reports[-1].done == reports[-1].total == {report.total for report in reports}.pop()
+def test_progress_counts_bytes_of_both_and_of_hashing(
+    dense: Path, mixed: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "BYTES_AT_ONCE", 50_000)
+    for path, against in ((compressed, dense), (mixed, None), (mixed, dense)):
+        reports: list[Progress] = []
+        found = verify(path, against, on_progress=reports.append)
+        done = [report.done for report in reports]
+        assert {report.unit for report in reports} == {"bytes"}
+        assert done == sorted(done)
+        assert (done[0], done[-1]) == (0, reports[0].total)
+        hashed = [r for r in reports if r.step == "verify checksums"]
+        files = [file.stat().st_size for file in path.glob("*.safetensors")]
+        parts = sum(-(-size // 50_000) for size in files)
+        assert len(hashed) == (parts if found.num_checksums else 0)
+        if hashed:
+            assert hashed[-1].done - (hashed[0].done - 50_000) >= sum(files) - 50_000
+            assert all(report.eta is not None for report in hashed)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +261,7 @@ def test_an_altered_16_bit_row_beside_packed_ones_is_named(
 def test_every_file_is_what_compress_wrote_to_the_byte(mixed: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(mixed, tmp_path / "out"))
     shards = sorted(out.glob("*.safetensors"))
-    assert verify(out).num_checksums == len(shards) > 2
+    assert verify(out).num_checksums == len(shards) == 3
     # Random codes are codes: nothing but the checksum tells.
     shard = shards[-1]
     tensors = load_file(shard)
@@ -255,6 +270,112 @@ def test_every_file_is_what_compress_wrote_to_the_byte(mixed: Path, tmp_path: Pa
     save_file(tensors, shard, metadata={"format": "pt"})
     found = digest(out)[shard.name]
     with pytest.raises(CheckpointError, match=f"{shard.name} is not the file.*{found}.*copy"):
+        verify(out)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_a_change_of_what_engines_read_is_found(mixed: Path, tmp_path: Path, name: str) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    assert verify(out).num_side_checksums > 4
+    data = json.loads((out / name).read_text())
+    (out / name).write_text(json.dumps({**data, "rope_parameters": {"rope_theta": 5.0}}))
+    with pytest.raises(CheckpointError, match=rf"{name} is not the file that compress wrote"):
+        verify(out)
+
+
+def test_a_file_that_was_added_for_engines_is_found(mixed: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    (out / "notes.md").write_text("no engine reads this")
+    verify(out)
+    (out / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json is no file that compress"):
+        verify(out)
+
+
+@pytest.mark.parametrize("name", ["README.md", "camera_recipe.yaml", "camera.log"])
+def test_what_no_engine_reads_may_change(mixed: Path, tmp_path: Path, name: str) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    (out / name).write_text("edited")
+    verify(out)
+    (out / name).unlink()
+    verify(out)
+
+
+def test_tensor_and_file_are_named_where_both_are_known(
+    dense: Path, mixed: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    shard = sorted(out.glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][3] += 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    both = rf"{shard}: tensor model.norm.weight, row 3 .*{shard.name} is not the file that compress"
+    with pytest.raises(CheckpointError, match=both):
+        verify(out, dense)
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is not .* --against MODEL tells"):
+        verify(out)
+    other = Path(shutil.copytree(dense, tmp_path / "other"))
+    edit_weights(other, lambda tensors: tensors["model.norm.weight"][3].add_(1))
+    with pytest.raises(CheckpointError, match="is as compress wrote it: give the model it was"):
+        verify(mixed, other)
+
+
+def test_packed_weights_that_changed_are_named_by_file(
+    dense: Path, mixed: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    shard = sorted(out.glob("*.safetensors"))[-1]
+    tensors = load_file(shard)
+    next(t for name, t in tensors.items() if name.endswith("qweight")).view(-1)[0] ^= 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is not .*; none of its tensors that"):
+        verify(out, dense)
+
+
+def _edit_report(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    report = json.loads((out / REPORT_FILE).read_text())
+    change(report)
+    (out / REPORT_FILE).write_text(json.dumps(report))
+
+
+def test_a_report_with_checksums_of_weights_alone_is_an_older_versions(
+    mixed: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+
+    def older(report: dict[str, Any]) -> None:
+        sums = report["sha256"]
+        report["sha256"] = {name: sums[name] for name in sums if name.endswith(".safetensors")}
+
+    _edit_report(out, older)
+    found = verify(out)
+    assert (found.num_checksums, found.num_side_checksums) == (3, 0)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00002-of-00003.safetensors"])
+def test_a_report_that_lost_a_checksum_is_refused(mixed: Path, tmp_path: Path, name: str) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    _edit_report(out, lambda report: report["sha256"].pop(name))
+    with pytest.raises(CheckpointError, match=f"{name} is no file that compress wrote"):
+        verify(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda report: report["recipe"].update(alpha=0.5), "another recipe"),
+        (lambda report: report["layers"].pop(), "another list of layers"),
+        (lambda report: report["layers"][1]["expert_d_ff"].reverse(), r"another d_ff of .*1\.mlp"),
+        (lambda report: report["layers"][1]["tokens_per_expert"].pop(), "another number of exp"),
+        (lambda report: report.update(total_bytes_after=7), "another number of bytes"),
+    ],
+)
+def test_a_report_of_another_compression_is_refused(
+    mixed: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], named: str
+) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    _edit_report(out, change)
+    with pytest.raises(CheckpointError, match=rf"camera_report\.json has {named}"):
         verify(out)
 
 
