@@ -89,7 +89,8 @@ def _served_gain(report: BenchReport, setting: str, concurrency: int) -> str:
 def _caption(kernels: KernelReport, served: BenchReport) -> str:
     settings = served.settings
     return (
-        "Perplexity on held-out code of the small MoE in `bench/reference_moe`; speed of layers of "
+        "`--bits 2` with groups of 128. Perplexity on held-out code of the small MoE in "
+        "`bench/reference_moe`; speed of layers of "
         f"Qwen3-30B-A3B's shape, one thread of an {kernels.environment.cpu} CPU with AVX-512 BF16, "
         "over the fastest stock kernel there; `vllm serve` with 4 such layers, "
         f"{settings.input_len} tokens in, {settings.output_len} out, output tokens/s. "

@@ -35,7 +35,9 @@ class TierPlan(Settings):
     def prune(cls, fraction: float) -> Self:
         """CAMERA-P: keep `1 - fraction` of each layer's micro-experts (Algorithm 2, line 9)."""
         if not 0 < fraction < 1:
-            raise RecipeError(f"--prune is {fraction}: the share to remove must be in (0, 1)")
+            raise RecipeError(
+                f"--prune is {fraction}: the share to remove must be in (0, 1), such as 0.4 for 40%"
+            )
         return cls(tiers=(Tier(bits=16, fraction=1 - fraction), Tier(bits=0, fraction=fraction)))
 
     @classmethod

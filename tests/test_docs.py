@@ -42,6 +42,7 @@ RUN_ELSEWHERE = {
     "make format": ".ci/run",
     "make demo": "tests/e2e/test_reference_moe.py",
     "pip install 'camera-serve[vllm]'": "tests/test_project.py",
+    "pip install '.[vllm]'": "tests/test_project.py",
     "pip install 'camera-serve[vllm,evaluation]'": "tests/test_project.py",
     "lm_eval --model vllm --model_args pretrained=OUT --tasks wikitext": "tests/e2e/test_server.py",
     "python -m camera_serve.hf lm_eval --model hf --model_args pretrained=OUT --tasks wikitext": (

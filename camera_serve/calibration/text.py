@@ -47,7 +47,7 @@ def windows_for(checkpoint: Checkpoint, settings: Calibration) -> CalibrationWin
     windows = calibration_windows(settings, checkpoint.path)
     _check_vocabulary(checkpoint, windows.tokens)
     for what, count in windows.skipped.items():
-        logger.warning("calibration text: skipped %d %s", count, what)
+        logger.info("calibration text: skipped %d %s", count, what)
     return windows
 
 

@@ -28,6 +28,12 @@ MARKER = {"quant_method": "camera"}
 config.json was replaced by the dense model's then meets our plugin, which refuses it, and not
 vLLM's dense loader, which takes narrower experts without a word."""
 
+LOST = (
+    "config.json of this CAMERA checkpoint has lost its quantization_config, so the widths of its "
+    "experts are unknown: restore config.json from the original, or compress the model again"
+)
+"""What is said where the marker is there and the layout is not."""
+
 NO_PLAIN_TRANSFORMERS = (
     "none, as this is a CAMERA checkpoint: `pip install camera-serve`, then "
     "`import camera_serve.hf` before from_pretrained (or run a program as "

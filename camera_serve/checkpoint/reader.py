@@ -22,7 +22,14 @@ from camera_serve.checkpoint.files import (
     refuse_pointers,
     side_files,
 )
-from camera_serve.checkpoint.format import CameraQuantizationConfig, Shapes, checkpoint_shapes
+from camera_serve.checkpoint.format import (
+    LOST,
+    MARKER,
+    MARKER_FILE,
+    CameraQuantizationConfig,
+    Shapes,
+    checkpoint_shapes,
+)
 from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport
 from camera_serve.errors import (
     CheckpointError,
@@ -99,6 +106,8 @@ class Checkpoint:
         raw = read_json(path / "config.json")
         with naming(path / "config.json"):
             quantization = _quantization(raw)
+            if quantization is None and _is_marked(path):
+                raise CheckpointError(LOST)
             config = load_config(path, raw)
             structure = describe(config)
             if quantization:
@@ -365,6 +374,12 @@ def _is_unused(name: str, structure: MoeStructure) -> bool:
     match = re.match(r"model\.layers\.(\d+)\.", name)
     past_the_end = match is not None and int(match[1]) >= structure.num_layers
     return past_the_end or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether `compress` wrote this folder, whatever its config.json says now."""
+    marker = path / MARKER_FILE
+    return marker.is_file() and read_json(marker) == MARKER
 
 
 def _quantization(raw: Mapping[str, Any]) -> CameraQuantizationConfig | None:

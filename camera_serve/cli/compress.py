@@ -152,7 +152,7 @@ def _summary(report: "CompressionReport", output: Path) -> str:
     if rounded and report.recipe.solver == "gptq":
         lines.append(
             "experts that saw too few calibration tokens for GPTQ and were rounded to nearest: "
-            f"{rounded}; {more}"
+            f"{rounded} (inspect shows the least seen); {more}"
         )
     lines.append(f"wrote {output}; next: vllm serve {quoted(output)}")
     return "\n".join(lines)

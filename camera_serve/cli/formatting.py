@@ -38,5 +38,8 @@ def table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
 
 def skipped_line(skipped: Mapping[str, int]) -> str:
     """What was left out of the calibration text: `skipped 3 rows without text`."""
-    parts = (f"{count:,} {what}" for what, count in skipped.items())
+    parts = (
+        f"{count:,} {what.replace('s ', ' ', 1) if count == 1 else what}"
+        for what, count in skipped.items()
+    )
     return f"calibration text: skipped {', '.join(parts)}"

@@ -39,7 +39,7 @@ CALIBRATION_FLAGS = (
         default=("wikitext2",),
         show_default=True,
         help="Calibration text: a .txt, .jsonl, .json, .parquet or .gz file, a folder of them, or "
-        "wikitext2 or c4 from the hub. Can be given several times.",
+        "wikitext2 or c4 from the hub (with camera-serve[hub]). Can be given several times.",
     ),
     click.option(
         "--samples", type=int, default=128, show_default=True, help="Calibration windows."

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from camera_serve.checkpoint.format import CameraQuantizationConfig
+from camera_serve.checkpoint.format import LOST, CameraQuantizationConfig
 from camera_serve.checkpoint.reader import load_config, read_json
 from camera_serve.errors import CheckpointError, ServingError, quoted
 from camera_serve.models import Projection, describe
@@ -83,11 +83,7 @@ class CameraConfig(QuantizationConfig):
         """
         contract.require(vllm.__version__)
         if "layers" not in config:
-            raise CheckpointError(
-                "config.json of this CAMERA checkpoint has lost its quantization_config, so the "
-                "widths of its experts are unknown: restore config.json from the original, or "
-                "compress the model again"
-            )
+            raise CheckpointError(LOST)
         return cls(CameraQuantizationConfig.parse(config))
 
     @classmethod

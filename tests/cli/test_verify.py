@@ -82,3 +82,15 @@ def test_what_compress_writes_is_verified(
     assert "OK: 3 files of weights and 7 more that engines read, config.json" in result.stdout
     found = json.loads(run("verify", tmp_path / "real", "--json").stdout)
     assert (found["num_checksums"], found["num_side_checksums"]) == (3, 7)
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "convert"])
+def test_a_dense_config_in_a_compressed_folder_is_named_with_the_remedy(
+    run: Run, model: Path, small: list[str], tmp_path: Path, command: str
+) -> None:
+    run("compress", model, "-o", tmp_path / "out", "--prune", 0.5, *small)
+    (tmp_path / "out" / "config.json").write_bytes((model / "config.json").read_bytes())
+    more = ["--to", "dense", "-o", tmp_path / "dense"] if command == "convert" else []
+    result = run(command, tmp_path / "out", *more)
+    assert result.exit_code == 1
+    assert "config.json of this CAMERA checkpoint has lost its quantization_config" in result.stderr
