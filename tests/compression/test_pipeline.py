@@ -19,7 +19,7 @@ from camera_serve.calibration.text import calibration_windows
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.checkpoint.workspace import Workspace
 from camera_serve.compression import sizing
-from camera_serve.errors import CalibrationError, CheckpointError, OutputError
+from camera_serve.errors import CalibrationError, DamagedWeightsError, CheckpointError, OutputError
 from camera_serve.progress import Progress
 from tests import pruning, quantized, tiny_models
 from tests.editing import digest, edit_weights
@@ -548,10 +548,10 @@ def test_an_expert_may_lie_in_one_tier_alone(
     assert Checkpoint.open(tmp_path / "out").total_bytes == report.total_bytes_after
 
 
-def test_energies_that_overflow_are_refused_with_the_remedy(tmp_path: Path, text: Path) -> None:
+def test_a_layer_that_overflows_is_refused_with_the_remedy(tmp_path: Path, text: Path) -> None:
     path = tiny_models.save("qwen3_moe", tmp_path / "model", dtype=torch.float32)
     edit_weights(path, lambda tensors: [t.mul_(1e6) for n, t in tensors.items() if "up_proj" in n])
-    with pytest.raises(CalibrationError, match=r"energies are NaN or Inf .* --dtype bfloat16"):
+    with pytest.raises(DamagedWeightsError, match=r"NaN or Inf .* --dtype bfloat16 or float32"):
         compress(path, tmp_path / "out", recipe(text, dtype="float16"))
     assert not (tmp_path / "out").exists()
 
