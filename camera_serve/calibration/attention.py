@@ -30,7 +30,11 @@ class AddsNothing(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """`[..., d_model]` -> the same shape."""
         added = nothing(hidden_states)
-        return added if self.returns is None else (added,) * self.returns
+        if self.returns is None:
+            return added
+        # Layers keep what they do not use until they return: it must take no memory.
+        unused = added.new_full((), -0.0).expand_as(added)
+        return (added, *[unused] * (self.returns - 1))
 
 
 def nothing(like: torch.Tensor) -> torch.Tensor:

@@ -75,8 +75,8 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
         expert_bytes_after=tiers * len(structure.moe_layers),
         total_bytes_before=checkpoint.total_bytes,
         disk_bytes=disk_bytes(checkpoint, recipe),
-        # A layer writes its output over its input. Beside it lies what the experts are given while
-        # they are packed, then the output once more while it is saved.
+        # A layer writes its output over its input. Beside it lies what its experts are given while
+        # they are packed, then the output once more if safetensors copies what it saves.
         peak_memory_bytes=held + tiers + working + 2 * _hidden_bytes(checkpoint, recipe),
         layer_bytes=layer,
         mapped_bytes=mapped,

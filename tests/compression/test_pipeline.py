@@ -408,26 +408,30 @@ def test_quantizing_a_layer_takes_no_more_memory_than_estimated(tmp_path: Path, 
     assert memory["peak"] - memory["before"] < memory["estimate"] + 1.5 * layer
 
 
-@pytest.mark.parametrize("plan", ["16:0.6,0:0.4", "3:0.2,2:0.6,1:0.2"])
-def test_activations_are_held_twice_as_estimated(tmp_path: Path, text: Path, plan: str) -> None:
+@pytest.mark.parametrize(("plan", "held"), [("16:0.6,0:0.4", 1), ("3:0.2,2:0.6,1:0.2", 2)])
+def test_activations_are_held_once_and_once_more_where_experts_are_packed(
+    plan: str, held: int, tmp_path: Path, text: Path
+) -> None:
     model = tiny_models.save(
         "qwen3_moe",
         tmp_path / "model",
         dtype=torch.float32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         mlp_only_layers=[],
         hidden_size=1024,
         moe_intermediate_size=32,
     )
     few, many = (
         _memory_of_compression(model, tmp_path / f"out-{samples}", text, plan, samples)
-        for samples in (32, 160)
+        for samples in (96, 256)
     )
-    more = 128 * 64 * 1024 * 4
-    assert many["estimate"] - few["estimate"] == 2 * more
-    print(f"{(many['peak'] - few['peak']) / more:.2f} copies")
-    # Routes, and the batches a copy is made of, are small beside it.
-    assert many["peak"] - few["peak"] < 2.3 * more
+    copy = 160 * 64 * 1024 * 4
+    copies = (many["peak"] - few["peak"]) / copy
+    print(f"{plan}: activations are held {copies:.2f} times")
+    # Their routes, and the batches they are made of, are small beside them.
+    assert copies < held + 0.5
+    # Some versions of safetensors copy what they save, so a pruning run is not promised less.
+    assert many["estimate"] - few["estimate"] == pytest.approx(2 * copy, rel=0.01)
 
 
 def _memory_of_compression(
