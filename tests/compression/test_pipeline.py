@@ -19,7 +19,7 @@ from camera_serve.calibration.text import calibration_windows
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.checkpoint.workspace import Workspace
 from camera_serve.compression import sizing
-from camera_serve.errors import CalibrationError, DamagedWeightsError, CheckpointError, OutputError
+from camera_serve.errors import CheckpointError, DamagedWeightsError, OutputError
 from camera_serve.progress import Progress
 from tests import pruning, quantized, tiny_models
 from tests.editing import digest, edit_weights
