@@ -10,7 +10,11 @@ import vllm
 from transformers import PreTrainedConfig
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -33,7 +37,6 @@ from camera_serve.vllm_plugin.packed_shared import (
     PackedSharedExpert,
 )
 from camera_serve.vllm_plugin.refusals import (
-    refuse_draft,
     refuse_method,
     refuse_overrides,
     refuse_settings,
@@ -108,7 +111,6 @@ class CameraConfig(QuantizationConfig):
         """
         if hf_config is None:
             raise CheckpointError(f"{model_name} gives vLLM no Hugging Face config.json")
-        refuse_draft(hf_config, model_name)
         structure = describe(hf_config)
         self._model_type = structure.family.model_type
         folder = Path(model_name)
@@ -137,17 +139,25 @@ class CameraConfig(QuantizationConfig):
         module, _, linear = prefix.rpartition(".")
         moe_prefix, _, name = module.rpartition(".")
         if name and name == self._family.shared_name and moe_prefix in self.quantization.layers:
-            shared = self.quantization.layout(moe_prefix).shared
-            if min(self.quantization.bits) < 16:
-                packed = {"gate_up_proj": PackedGateUpMethod, "down_proj": PackedDownMethod}[linear]
-                return packed(self._packed_shared(shared, module))
-            method = {"gate_up_proj": SharedGateUpMethod, "down_proj": SharedDownMethod}[linear]
-            return method(shared, module)
+            return self._shared_method(moe_prefix, module, linear)
         return UnquantizedLinearMethod()
 
     @property
     def _family(self) -> Family:
         return FAMILIES[self._model_type]
+
+    def _shared_method(self, moe_prefix: str, module: str, linear: str) -> LinearMethodBase:
+        shared = self.quantization.layout(moe_prefix).shared
+        if linear not in ("gate_up_proj", "down_proj"):
+            raise ServingError(
+                f"vLLM builds a shared expert out of {module}.{linear}, wanted gate_up_proj and "
+                "down_proj: start without --model-impl and --model-class-overrides"
+            )
+        if min(self.quantization.bits) < 16:
+            packed = PackedDownMethod if linear == "down_proj" else PackedGateUpMethod
+            return packed(self._packed_shared(shared, module))
+        method = SharedDownMethod if linear == "down_proj" else SharedGateUpMethod
+        return method(shared, module)
 
     def _packed_shared(self, counts: TierCounts, module: str) -> PackedSharedExpert:
         """The MLP of a linear layer: made for the first of its two, and the second's as well."""

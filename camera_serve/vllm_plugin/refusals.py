@@ -1,7 +1,7 @@
 """What of vLLM's settings experts of different widths cannot be served with, and the remedy."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -75,17 +75,6 @@ def refuse_method(asked: str | None, stored: str | None) -> None:
         f"--quantization camera: this checkpoint is quantized with {stored}: start without "
         "--quantization, or compress its 16-bit original with camera-serve"
     )
-
-
-def refuse_draft(config: Any, model: str) -> None:
-    """Raise `ServingError` for the draft layers that vLLM finds in a checkpoint itself (MTP)."""
-    names = [name for name in config.architectures or [] if "MTP" in name]
-    if names:
-        raise ServingError(
-            f"{model}: multi-token prediction ({names[0]}) is not served: the layout does not list "
-            "its layers. Start without --speculative-config, or with another method of it (ngram, "
-            "or a draft model of its own)"
-        )
 
 
 def refuse_overrides(asked: MoeStructure, stored: MoeStructure, model: str) -> None:

@@ -10,9 +10,11 @@ from torch import nn
 from torch.nn import functional
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from camera_serve.checkpoint.format import DENSE_TIERS, Tiers
+from camera_serve.checkpoint.format import DENSE_TIERS, CameraQuantizationConfig, Tiers
 from camera_serve.ragged.packing import pack
+from camera_serve.vllm_plugin.config import CameraConfig
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
+from tests import pruning
 
 SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}
 Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -108,6 +110,14 @@ def _tier_rows(
 def moe_config(tp_size: int = 1, tp_rank: int = 0, *, has_bias: bool = False) -> Any:
     """What of vLLM's configuration of a layer is asked for."""
     return SimpleNamespace(tp_size=tp_size, tp_rank=tp_rank, has_bias=has_bias, experts_per_token=2)
+
+
+def camera_config() -> CameraConfig:
+    """The method of a model whose one layer, the first, has one expert."""
+    layers = {"model.layers.0.mlp": {"experts": [[1]]}}
+    return CameraConfig(
+        CameraQuantizationConfig(bits=(16,), layers=layers, recipe=pruning.RECIPE)  # type: ignore[arg-type]
+    )
 
 
 def make_layer(

@@ -209,14 +209,6 @@ def test_fewer_experts_per_token_are_the_users_choice(checkpoint: Path) -> None:
     config.maybe_update_config(str(checkpoint), hf_config=hf_config, revision=None)
 
 
-def test_draft_layers_of_the_checkpoint_are_refused(checkpoint: Path) -> None:
-    hf_config = get_config(checkpoint, trust_remote_code=False)
-    config = CameraConfig.from_config(hf_config.quantization_config)
-    hf_config.update({"model_type": "deepseek_mtp", "architectures": ["DeepSeekMTPModel"]})
-    with pytest.raises(ServingError, match=r"DeepSeekMTPModel.*without --speculative-config"):
-        config.maybe_update_config(str(checkpoint), hf_config=hf_config, revision=None)
-
-
 def test_a_hub_model_is_checked_by_its_headers(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

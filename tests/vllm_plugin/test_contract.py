@@ -13,14 +13,12 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-from camera_serve.checkpoint.format import CameraQuantizationConfig
 from camera_serve.errors import ServingError
 from camera_serve.vllm_plugin import contract
 from camera_serve.vllm_plugin.config import CameraConfig
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
 from camera_serve.vllm_plugin.trial import try_layer
-from tests import pruning
-from tests.vllm_plugin.experts import make_layer, moe_config, random_experts
+from tests.vllm_plugin.experts import camera_config, make_layer, moe_config, random_experts
 
 UNTESTED = f"{contract.NEWEST[0]}.{contract.NEWEST[1] + 1}.0"
 NEWEST = f"{contract.NEWEST[0]}.{contract.NEWEST[1]}.0"
@@ -211,10 +209,7 @@ def test_a_newer_version_in_which_the_layer_means_something_else_is_refused(
 ) -> None:
     monkeypatch.setattr(RoutedExperts, "forward_modular", forward)
     monkeypatch.setattr(vllm, "__version__", UNTESTED)
-    layers = {"model.layers.0.mlp": {"experts": [[1]]}}
-    config = CameraConfig(
-        CameraQuantizationConfig(bits=(16,), layers=layers, recipe=pruning.RECIPE)  # type: ignore[arg-type]
-    )
+    config = camera_config()
     config._model_type = "qwen3_moe"
     layer = RoutedExperts.__new__(RoutedExperts)
     nn.Module.__init__(layer)
@@ -223,14 +218,3 @@ def test_a_newer_version_in_which_the_layer_means_something_else_is_refused(
         config.get_quant_method(layer, "model.layers.0.mlp.experts")
     monkeypatch.setattr(vllm, "__version__", NEWEST)
     config.get_quant_method(layer, "model.layers.0.mlp.experts")
-
-
-def test_a_layer_that_the_layout_does_not_list_is_named() -> None:
-    layers = {"model.layers.0.mlp": {"experts": [[1]]}}
-    config = CameraConfig(
-        CameraQuantizationConfig(bits=(16,), layers=layers, recipe=pruning.RECIPE)  # type: ignore[arg-type]
-    )
-    layer = RoutedExperts.__new__(RoutedExperts)
-    nn.Module.__init__(layer)
-    with pytest.raises(ServingError, match=r"'model\.layers\.7\.mlp', which quantization_config"):
-        config.get_quant_method(layer, "model.layers.7.mlp.experts")

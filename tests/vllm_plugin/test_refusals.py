@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
 
-from camera_serve.checkpoint.format import CameraQuantizationConfig
 from camera_serve.errors import ServingError
 from camera_serve.vllm_plugin import choice
-from camera_serve.vllm_plugin.config import CameraConfig
 from camera_serve.vllm_plugin.refusals import LOAD_FORMATS, refuse_settings
-from tests import pruning
+from tests.vllm_plugin.experts import camera_config
 
 TENSOR_BY_TENSOR = {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor"}
 
@@ -80,15 +80,41 @@ def test_the_default_way_to_exchange_tokens_is_served(settings: VllmConfig) -> N
 
 
 def test_refused_before_the_first_layer_has_weights(settings: VllmConfig) -> None:
-    layers = {"model.layers.0.mlp": {"experts": [[1]]}}
-    config = CameraConfig(
-        CameraQuantizationConfig(bits=(16,), layers=layers, recipe=pruning.RECIPE)  # type: ignore[arg-type]
-    )
+    config = camera_config()
     with set_current_vllm_config(settings):
         assert config.get_quant_method(nn.Module(), "model.embed_tokens") is None
         settings.load_config.load_format = "sharded_state"
         with pytest.raises(ServingError, match="--load-format sharded_state"):
             config.get_quant_method(nn.Module(), "model.embed_tokens")
+
+
+def layer_of(kind: type[nn.Module]) -> Any:
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    return layer
+
+
+@pytest.mark.parametrize("prefix", ["model.layers.7.mlp", "model.layers.0.block_sparse_moe"])
+def test_a_layer_that_the_layout_does_not_list_is_named(settings: VllmConfig, prefix: str) -> None:
+    """Draft layers (MTP), or those of another implementation of the model."""
+    with (
+        set_current_vllm_config(settings),
+        pytest.raises(
+            ServingError, match=rf"'{prefix}', which quantization_config .*Start without"
+        ),
+    ):
+        camera_config().get_quant_method(layer_of(RoutedExperts), f"{prefix}.experts")
+
+
+def test_a_shared_expert_of_other_layers_is_named(settings: VllmConfig) -> None:
+    config = camera_config()
+    config._model_type = "qwen2_moe"
+    name = "model.layers.0.mlp.shared_expert.gate_proj"
+    with (
+        set_current_vllm_config(settings),
+        pytest.raises(ServingError, match=f"{name}, wanted gate_up_proj and down_proj: start"),
+    ):
+        config.get_quant_method(layer_of(ReplicatedLinear), name)
 
 
 class Gpu:

@@ -3,12 +3,18 @@
 import gc
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -17,6 +23,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from camera_serve.checkpoint.format import DENSE_TIERS, Tiers
 from camera_serve.errors import CheckpointError, ServingError
+from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
 from tests.vllm_plugin.experts import Experts, make_layer, random_experts, routed
 from tests.vllm_plugin.shared_mlp import Mlp, exact
 
@@ -86,6 +93,41 @@ def test_packed_shared_experts_are_reloaded_in_any_order(first: str, again: str)
     x = torch.randn(7, D_MODEL)
     torch.testing.assert_close(mlp(x).double(), exact(others, x), rtol=1e-5, atol=1e-5)
     assert addresses(model) == before
+
+
+@pytest.fixture
+def _one_rank(tmp_path: Path) -> Iterator[None]:
+    """What vLLM's own parameters ask for."""
+    init_distributed_environment(1, 0, f"file://{tmp_path / 'rendezvous'}", 0, "gloo")
+    ensure_model_parallel_initialized(1, 1)
+    yield
+    cleanup_dist_env_and_memory()
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_padding_of_shared_experts_is_zero_in_fresh_memory(rank: int) -> None:
+    """37 micro-experts on two ranks: one has 18, and vLLM reloads into memory of any content."""
+    layer = fresh_shared_layer(SharedGateUpMethod(((37,),), "mlp.shared_expert"), D_MODEL, 74, rank)
+    whole = torch.randn(2, 37, D_MODEL)
+    for index, tensor in enumerate(whole):
+        layer.weight.weight_loader(layer.weight, tensor, index)
+    start, end = 37 * rank // 2, 37 * (rank + 1) // 2
+    wanted = torch.zeros(2, 19, D_MODEL)
+    wanted[:, : end - start] = whole[:, start:end]
+    assert layer.weight.unflatten(0, (2, 19)).equal(wanted)
+
+    layer = fresh_shared_layer(SharedDownMethod(((37,),), "mlp.shared_expert"), 37, D_MODEL, rank)
+    layer.weight.weight_loader(layer.weight, whole[0].t())
+    assert layer.weight.equal(wanted[0].t())
+
+
+def fresh_shared_layer(method: Any, inputs: int, outputs: int, rank: int) -> Any:
+    layer: Any = nn.Module()
+    layer.tp_size, layer.tp_rank = 2, rank
+    method.create_weights(layer, inputs, [outputs], inputs, outputs, torch.float32)
+    layer.weight.data.fill_(torch.nan)
+    return layer
 
 
 def test_a_tensor_missing_from_a_reload_is_named() -> None:
