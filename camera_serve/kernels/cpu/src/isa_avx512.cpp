@@ -178,17 +178,18 @@ struct Codes {
   }
 
   CAMERA_INLINE Words at(const Words* words, int pair, int lot) const {
-    if (kBits == 3 && pair == 15) {
-      const Words low = _mm512_or_si512(
-          _mm512_srli_epi16(words[0], 15),
-          _mm512_and_si512(_mm512_srli_epi16(words[1], 14), _mm512_set1_epi16(2)));
-      const Words high = _mm512_and_si512(_mm512_srli_epi16(words[2], 13), _mm512_set1_epi16(4));
-      return _mm512_permutexvar_epi16(_mm512_or_si512(low, high), table[0]);
+    constexpr int kLow = low_plane_bits(kBits), kPerWord = quads_per_word(kLow);
+    const int quad = pair / 2, byte = pair % 2 * 8;
+    const Words word = words[quad / kPerWord];
+    const int shift = quad % kPerWord * kLow + byte + lot * 4;
+    Words code = shift ? _mm512_srli_epi16(word, shift) : word;
+    if (kBits == 3) {
+      // Above its lowest two bits come those of the second plane, and what the table ignores.
+      const int to = quad + byte - 2;
+      const Words high = to < 0 ? _mm512_slli_epi16(words[2], -to) : _mm512_srli_epi16(words[2], to);
+      code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), code, high, 0xca);
     }
-    constexpr int kPerWord = 16 / kBits;
-    const Words word = words[pair / kPerWord];
-    const int shift = pair % kPerWord * kBits + lot * 4;
-    return _mm512_permutexvar_epi16(shift ? _mm512_srli_epi16(word, shift) : word, table[lot]);
+    return _mm512_permutexvar_epi16(code, table[lot]);
   }
 };
 
@@ -211,16 +212,17 @@ CAMERA_INLINE void multiply_unit(const Codes<kBits>& codes, const uint8_t* unit,
                                  int64_t word_bytes, const int64_t (&offsets)[N],
                                  const __mmask16 (&lanes)[N], const uint16_t* const* a,
                                  int64_t first, Vec (&sums)[M][N]) {
-  constexpr int kPerWord = 16 / kBits;
+  constexpr int kLow = low_plane_bits(kBits), kPairsPerWord = 2 * quads_per_word(kLow);
   Words words[N][kBits];
+  const auto load = [&](int w) CAMERA_LAMBDA {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+      words[n][w] = _mm512_maskz_loadu_epi32(lanes[n], unit + w * word_bytes + offsets[n]);
+  };
+  if (kLow < kBits) load(kBits - 1);
 #pragma GCC unroll 16
   for (int pair = 0; pair < kUnitPairs; ++pair) {
-    const bool starts = pair % kPerWord == 0 && pair / kPerWord < kBits;
-    if (starts)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n)
-        words[n][pair / kPerWord] = _mm512_maskz_loadu_epi32(
-            lanes[n], unit + pair / kPerWord * word_bytes + offsets[n]);
+    if (pair % kPairsPerWord == 0) load(pair / kPairsPerWord);
 #pragma GCC unroll 2
     for (int lot = 0; lot < Codes<kBits>::kLots; ++lot) {
       Words b[N];

@@ -6,6 +6,7 @@
 // The same headers are compiled for several instruction sets. A function that is not inlined could
 // be merged with its copy for a newer one, and fault on an older machine.
 #define CAMERA_INLINE inline __attribute__((always_inline))
+#define CAMERA_LAMBDA __attribute__((always_inline))
 
 namespace camera {
 
@@ -30,9 +31,15 @@ CAMERA_INLINE bool is_known(int64_t bits) {
 CAMERA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 CAMERA_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Codes of one 16-bit half lane, and where pair `p` of a unit starts. Three-bit codes fill 15 bits
-// of each of 3 words; the top bits of the three are the 16th code.
-CAMERA_INLINE int64_t pairs_per_word(int64_t bits) { return 16 / bits; }
+// The codes of a lane's unit lie in planes of 8, 4, 2 or 1 bits: 3 bits are a plane of 2, then one of
+// 1. A byte of a word holds the codes of as many quads (4 weights in a row) as fit, lowest first.
+constexpr int64_t kUnitQuads = kUnit / 4;
+
+// Which weight of a quad has byte b: bytes 0 and 2 are a pair of half words, and so are 1 and 3.
+constexpr int64_t kQuadOrder[4] = {0, 2, 1, 3};
+
+CAMERA_INLINE constexpr int64_t low_plane_bits(int64_t bits) { return bits == 3 ? 2 : bits; }
+CAMERA_INLINE constexpr int64_t quads_per_word(int64_t plane_bits) { return 8 / plane_bits; }
 
 struct Shape {
   int64_t bits, rows, d_model, group_size;

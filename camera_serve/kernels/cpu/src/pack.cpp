@@ -16,15 +16,23 @@ uint32_t code_at(const uint32_t* words, int64_t i, int64_t bits) {
   return code & ((1u << bits) - 1);
 }
 
-// The `bits` half words of 16 pairs' codes, one of the two of each pair.
-void pack_half_lane(const uint32_t* codes, int64_t bits, uint16_t* words) {
-  const int64_t per_word = pairs_per_word(bits);
-  for (int64_t w = 0; w < bits; ++w) {
-    uint32_t word = 0;
-    for (int64_t s = 0; s < per_word; ++s) word |= codes[w * per_word + s] << (s * bits);
-    if (bits == 3) word |= ((codes[15] >> w) & 1) << 15;
-    words[w] = static_cast<uint16_t>(word);
+// Some bits of a unit's 32 codes, from bit `from` on, as words.
+void pack_plane(const uint32_t* codes, int64_t from, int64_t bits, uint32_t* words) {
+  const int64_t per_word = quads_per_word(bits);
+  for (int64_t quad = 0; quad < kUnitQuads; ++quad) {
+    for (int64_t byte = 0; byte < 4; ++byte) {
+      const uint32_t part = codes[4 * quad + kQuadOrder[byte]] >> from & ((1u << bits) - 1);
+      words[quad / per_word] |= part << (8 * byte + quad % per_word * bits);
+    }
   }
+}
+
+// The `bits` words of a unit's 32 codes.
+void pack_lane(const uint32_t* codes, int64_t bits, uint32_t* words) {
+  const int64_t low = low_plane_bits(bits);
+  std::memset(words, 0, bits * 4);
+  pack_plane(codes, 0, low, words);
+  if (low < bits) pack_plane(codes, low, bits - low, words + low);
 }
 
 void store16(uint8_t* to, uint16_t value) { std::memcpy(to, &value, 2); }
@@ -56,15 +64,10 @@ void pack_panel_codes(const Shape& shape, int64_t first, int64_t rows, const cam
         for (int64_t r = 0; r < rows; ++r, ++lane) {
           const auto* row = static_cast<const uint32_t*>(rows_of->weights) +
                             (first + r) * words_per_row;
-          for (int64_t half = 0; half < 2; ++half) {
-            uint32_t codes[kUnitPairs];
-            uint16_t words[8];
-            for (int64_t p = 0; p < kUnitPairs; ++p)
-              codes[p] = code_at(row, k + 2 * p + half, bits);
-            pack_half_lane(codes, bits, words);
-            for (int64_t w = 0; w < bits; ++w)
-              store16(to + (w * 2 * rows + lane) * 4 + half * 2, words[w]);
-          }
+          uint32_t codes[kUnit], words[8];
+          for (int64_t i = 0; i < kUnit; ++i) codes[i] = code_at(row, k + i, bits);
+          pack_lane(codes, bits, words);
+          for (int64_t w = 0; w < bits; ++w) store32(to + (w * 2 * rows + lane) * 4, words[w]);
         }
       }
       to += bits * 2 * rows * 4;
@@ -90,18 +93,11 @@ void pack_block_codes(const Shape& shape, int64_t block, const uint32_t* down, u
   const int64_t bits = shape.bits, words_per_row = shape.d_model * bits / 32;
   for (int64_t unit = 0; unit < shape.down_rows(); unit += kUnit) {
     for (int64_t c = 0; c < kBlockCols; ++c) {
-      for (int64_t half = 0; half < 2; ++half) {
-        uint32_t codes[kUnitPairs] = {};
-        uint16_t words[8];
-        for (int64_t p = 0; p < kUnitPairs; ++p) {
-          const int64_t row = unit + 2 * p + half;
-          if (row < shape.rows)
-            codes[p] = code_at(down + row * words_per_row, block * kBlockCols + c, bits);
-        }
-        pack_half_lane(codes, bits, words);
-        for (int64_t w = 0; w < bits; ++w)
-          store16(to + (w * kBlockCols + c) * 4 + half * 2, words[w]);
-      }
+      uint32_t codes[kUnit] = {}, words[8];
+      for (int64_t i = 0; i < kUnit && unit + i < shape.rows; ++i)
+        codes[i] = code_at(down + (unit + i) * words_per_row, block * kBlockCols + c, bits);
+      pack_lane(codes, bits, words);
+      for (int64_t w = 0; w < bits; ++w) store32(to + (w * kBlockCols + c) * 4, words[w]);
     }
     to += bits * kBlockCols * 4;
   }
