@@ -18,12 +18,14 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden")
 # Only the files that ask the processor first may use what not every processor has. -O2: unrolled
 # tiles that -O3 would reshape.
+AVX512_FLAGS = (
+    *("-O2", "-mtune=znver3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    *("-mavx512bf16", "-mavx512vnni", "-mfma"),
+)
 X86_FLAGS = {
     "isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
-    "isa_avx512.cpp": (
-        *("-O2", "-mtune=znver3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-        *("-mavx512bf16", "-mfma"),
-    ),
+    "isa_avx512.cpp": AVX512_FLAGS,
+    "int8_avx512.cpp": AVX512_FLAGS,
 }
 ERROR_LINES = 20
 

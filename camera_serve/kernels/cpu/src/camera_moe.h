@@ -67,6 +67,9 @@ int camera_moe(const camera_layer* layer, const uint16_t* x, const float* weight
 const char* camera_isa(void);
 int camera_use_isa(const char* name);
 
+// Whether packed tiers of at most 4 bits take activations in int8 (the default) or in bf16.
+void camera_use_int8(int yes);
+
 #pragma GCC visibility pop
 
 #ifdef __cplusplus

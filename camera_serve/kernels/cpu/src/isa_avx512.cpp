@@ -1,23 +1,16 @@
 // AVX-512 with BF16: 32 products an instruction, codes looked up as bf16 in a register.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cstring>
-#include <initializer_list>
-
-#include "isa.h"
+#include "avx512.h"
+#include "int8_avx512.h"
 
 namespace camera {
 namespace {
 
-constexpr int kTile = 6;        // tokens whose sums stay in registers, with 4 vectors of outputs
+using namespace avx512;
+
 constexpr int64_t kDenseBlock = 4096;  // summed weights of a panel that level 2 should hold as bf16
 constexpr int64_t kDownRows = 2048;    // 16-bit rows of down whose columns level 2 should hold
-constexpr int64_t kCodesAhead = 2048;  // bytes of codes to fetch ahead
 constexpr int64_t kUnpackFrom = 48;    // tokens for which a panel of codes is unpacked first
-
-using Vec = __m512;
-using Words = __m512i;
 
 CAMERA_INLINE Words broadcast_pair(const uint16_t* pair) {
   int32_t both;
@@ -27,10 +20,6 @@ CAMERA_INLINE Words broadcast_pair(const uint16_t* pair) {
 
 CAMERA_INLINE Vec dot(Vec sum, Words a, Words b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-
-CAMERA_INLINE __mmask16 first_lanes(int64_t count) {
-  return count >= kLanes ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
 }
 
 // What a tile fetches into level 2 while it computes: nothing, its own weights a little ahead, or
@@ -112,45 +101,6 @@ struct FetchPlan {
     w.next = next + tile * share() * 64;
   }
 };
-
-CAMERA_INLINE Vec exp(Vec x) {
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-104.0f)), _mm512_set1_ps(89.0f));
-  const Vec n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-  // ln 2 in two parts, so that the difference is exact.
-  Vec r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  Vec p = _mm512_set1_ps(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f})
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  return _mm512_scalef_ps(p, n);
-}
-
-CAMERA_INLINE Vec silu(Vec x) {
-  const Vec one = _mm512_set1_ps(1.0f);
-  return _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
-
-// A panel's group: scales and zeros of gate then up, two vectors each; lanes past the end are 0.
-struct Grid {
-  Vec scale[4], zero[4];
-};
-
-CAMERA_INLINE Vec load_halves(const uint8_t* at, int64_t count) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count < 0 ? 0 : count), at));
-}
-
-CAMERA_INLINE Grid read_grid(const uint8_t* at, int64_t rows) {
-  Grid grid;
-#pragma GCC unroll 4
-  for (int n = 0; n < 4; ++n) {
-    const uint8_t* gate_or_up = at + n / 2 * 4 * rows + n % 2 * 32;
-    const int64_t count = rows - n % 2 * kLanes;
-    grid.scale[n] = load_halves(gate_or_up, count);
-    grid.zero[n] = load_halves(gate_or_up + 2 * rows, count);
-  }
-  return grid;
-}
 
 // Codes 0, 1, 2 … as bf16. `vpermw` looks at 5 bits of an index and a code is its lowest ones, so
 // the table repeats.
@@ -240,21 +190,6 @@ CAMERA_INLINE void multiply_unit(const Codes<kBits>& codes, const uint8_t* unit,
 
 // ---- gate and up
 
-struct PanelTile {
-  const GateUpJob& job;
-  int64_t first, count;  // routed tokens
-  float* totals;         // [count][2 * 32], of the first token of the tile
-
-  CAMERA_INLINE void rows_of_x(int64_t k, const uint16_t** a) const {
-    for (int64_t m = 0; m < count; ++m)
-      a[m] = job.x + job.routed.token[first + m] * job.shape.d_model + k;
-  }
-};
-
-CAMERA_INLINE float* total_at(const PanelTile& tile, int64_t m, int64_t vector) {
-  return tile.totals + m * 2 * kPanelRows + vector * kLanes;
-}
-
 template <int M, int H>
 CAMERA_INLINE void add_to_totals(const PanelTile& tile, const Vec (&sums)[M][2 * H]) {
 #pragma GCC unroll 6
@@ -308,11 +243,6 @@ constexpr PanelFunction kPanelTiles[kTile + 1] = {
     panel_tile<5, H, kFull>,
     panel_tile<6, H, kFull>,
 };
-
-// The size of equal tiles that cover `count` tokens: 7 are 4 and 3, not 6 and 1.
-CAMERA_INLINE int64_t tile_size(int64_t count, int64_t most) {
-  return ceil_div(count, ceil_div(count, most));
-}
 
 CAMERA_INLINE void panel_tiles(const GateUpJob& job, const PanelFunction* tiles, int64_t k,
                                Streams weights, const FetchPlan& plan, float* totals) {
@@ -481,26 +411,6 @@ void gate_up_packed(const GateUpJob& job, float* totals) {
   }
 }
 
-void activate(const GateUpJob& job, const float* totals) {
-  const bool packed = is_packed(job.shape.bits);
-  const int64_t filled = packed ? kPanelRows : round_up(job.shape.rows, 2);
-  for (int64_t i = 0; i < job.routed.count; ++i, totals += 2 * kPanelRows) {
-    const Vec weight = _mm512_set1_ps(job.routed.weight[i]);
-    uint8_t* hidden = job.hidden + i * job.hidden_stride;
-    for (int64_t r = 0; r < filled; r += kLanes) {
-      const Vec gate = _mm512_loadu_ps(totals + r), up = _mm512_loadu_ps(totals + kPanelRows + r);
-      const Vec value = _mm512_maskz_mul_ps(first_lanes(job.shape.rows - r < 0 ? 0 : job.shape.rows - r),
-                                            _mm512_mul_ps(silu(gate), up), weight);
-      if (packed) {
-        _mm512_storeu_ps(hidden + r * 4, value);
-      } else {
-        _mm256_mask_storeu_epi16(hidden + r * 2, first_lanes(filled - r),
-                                 (__m256i)_mm512_cvtneps_pbh(value));
-      }
-    }
-  }
-}
-
 void gate_up(const GateUpJob& job) {
   float* totals = reinterpret_cast<float*>(job.scratch);
   std::memset(totals, 0, job.routed.count * 2 * kPanelRows * 4);
@@ -567,10 +477,6 @@ constexpr DownFunction kDownTiles[kTile + 1] = {
     down_tile<4, S>, down_tile<5, S>, down_tile<6, S>,
 };
 
-CAMERA_INLINE float* sums_of(const DownJob& job, int64_t routed) {
-  return job.sums + job.routed.token[routed] * job.num_columns;
-}
-
 // Outputs that one tile of tokens adds up in registers: one or two tokens wait for memory, which
 // likes one stream better than two.
 CAMERA_INLINE int64_t columns_at_once(int64_t tokens) { return (tokens > 2 ? 2 : 1) * kBlockCols; }
@@ -587,7 +493,7 @@ CAMERA_INLINE void down_columns(const DownJob& job, const DownBlock& block, int6
     const int64_t more = job.routed.count - first, tokens = more < size ? more : size;
     DownTile tile;
     for (int64_t m = 0; m < tokens; ++m) {
-      tile.a[m] = reinterpret_cast<const uint16_t*>(block.hidden + (first + m) * job.hidden_stride) + row;
+      tile.a[m] = reinterpret_cast<const uint16_t*>(block.hidden + job.routed.row[first + m] * job.hidden_stride) + row;
       tile.sums[m] = sums_of(job, first + m);
     }
     if (rows > 1) plan.apply(first / size, streams);
@@ -625,17 +531,6 @@ void down_16(const DownJob& job, const DownBlock& block) {
     const int64_t left = block.shape.rows - row, rows = left < kDownRows ? left : kDownRows;
     for (int64_t c = 0; c < job.num_columns; c += at_once)
       down_columns(job, block, row, rows, c, down_plan(job, block, row, rows, c, num_tiles));
-  }
-}
-
-// One group's scales and zeros of a tier, as floats `[down_rows]` each.
-CAMERA_INLINE void read_down_grid(const DownBlock& block, int64_t group, float* scales,
-                                  float* zeros) {
-  const int64_t rows = block.shape.down_rows();
-  const uint8_t* from = block.packed + block.shape.down_codes_bytes() + group * rows * 2;
-  for (int64_t row = 0; row < rows; row += kLanes, from += 2 * kLanes) {
-    _mm512_storeu_ps(scales + row, load_halves(from, kLanes));
-    _mm512_storeu_ps(zeros + row, load_halves(from + block.shape.down_grid_bytes(), kLanes));
   }
 }
 
@@ -702,9 +597,6 @@ CAMERA_INLINE const CodesColumns* columns_of(int64_t bits) {
   }
 }
 
-// Columns whose scales are the same, at most; one tile's sums of all tiers stay in level 1.
-constexpr int64_t kMostColumns = 128;
-
 struct DownScratch {
   float* scales;   // of all packed tiers, one after another
   float* zeros;
@@ -731,7 +623,7 @@ CAMERA_INLINE void down_codes_tile(const DownJob& job, int64_t first, int64_t to
     for (int64_t m = 0; m < tokens; ++m) {
       uint16_t* a = scratch.a + m * scratch.rows + done;
       const auto* hidden =
-          reinterpret_cast<const float*>(block->hidden + (first + m) * job.hidden_stride);
+          reinterpret_cast<const float*>(block->hidden + job.routed.row[first + m] * job.hidden_stride);
       shift[m] += scale_hidden(hidden, scratch.scales + done, scratch.zeros + done, rows, a);
       tile.a[m] = a;
     }
@@ -787,19 +679,20 @@ int64_t scratch_bytes(const Extent& most) {
   const int64_t block = most.group_size > kDenseBlock ? most.group_size : kDenseBlock;
   const int64_t unpacked = most.tokens < kUnpackFrom ? 0 : most.d_model < block ? most.d_model : block;
   const int64_t gate_up = (most.tokens * 4 + unpacked * 2) * 2 * kPanelRows;
-  const int64_t down = most.rows * (2 * 4 + kTile * 2);
+  const int64_t down = most.rows * (2 * 4 + kTile * 2);  // of int8 half as much for the activations
   return gate_up > down ? gate_up : down;
 }
 
 bool runs_here() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
 
 }  // namespace
 
-const Isa kAvx512Bf16{"avx512_bf16", runs_here, gate_up, down, scratch_bytes};
+const Isa kAvx512Bf16{"avx512_bf16", runs_here,     gate_up,   down,
+                      quantize_x,    gate_up_int8, down_int8, scratch_bytes};
 
 }  // namespace camera
 #endif

@@ -11,7 +11,13 @@ namespace portable {
 #include "isa_portable.inc"
 }  // namespace portable
 
-const Isa kPortable{"portable", [] { return true; }, portable::gate_up, portable::down,
+const Isa kPortable{"portable",
+                    [] { return true; },
+                    portable::gate_up,
+                    portable::down,
+                    portable::quantize_x,
+                    portable::gate_up_int8,
+                    portable::down_int8,
                     portable::scratch_bytes};
 
 }  // namespace camera

@@ -15,6 +15,7 @@ constexpr int64_t kBlockCols = 32;  // outputs of one block of down
 constexpr int64_t kLanes = 16;      // 32-bit lanes of a vector: two bf16, or two times 16 code bits
 constexpr int64_t kUnit = 32;       // weights along the summed dimension that fill whole words
 constexpr int64_t kUnitPairs = kUnit / 2;
+constexpr int64_t kSpreadBytes = 8;
 
 // Far above any real layer, far below where a product of sizes could overflow.
 constexpr int64_t kMostRows = int64_t{1} << 32;   // micro-experts of one tier
@@ -67,10 +68,13 @@ struct Shape {
   // Codes or weights, then scales, then zeros, each `[groups, down_rows]`.
   CAMERA_INLINE int64_t down_bytes() const { return down_codes_bytes() + 2 * down_grid_bytes(); }
 
-  // One token's activations: bf16 at 16 bits, else float, because the scales come on top.
+  // One token's activations: bf16 at 16 bits, else float, because the scales come on top; behind
+  // those the spread of every panel.
   CAMERA_INLINE int64_t hidden_bytes() const {
-    return is_packed(bits) ? down_rows() * 4 : round_up(round_up(rows, 2) * 2, 64);
+    return is_packed(bits) ? spread_offset() + round_up(num_panels() * kSpreadBytes, 64)
+                           : round_up(round_up(rows, 2) * 2, 64);
   }
+  CAMERA_INLINE int64_t spread_offset() const { return down_rows() * 4; }
 
   CAMERA_INLINE bool valid() const {
     return is_known(bits) && rows >= 0 && rows <= kMostRows && d_model > 0 &&

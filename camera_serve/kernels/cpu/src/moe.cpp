@@ -50,17 +50,41 @@ class Workspace {
   int64_t capacity_ = 0;
 };
 
-// An expert that some token goes to; its tiers that have micro-experts are blocks.
+// How a tier is computed: its codes and bf16, or integer dot products of them. Eight bits are no
+// coarser than int8 activations, and so are not worth it.
+enum Way { kBf16, kInt8 };
+constexpr int64_t kMostInt8Bits = 4;
+constexpr int64_t kMostInt8Rows = int64_t{1} << 20;  // 15 * 127 times this fits 32 bits
+
+std::atomic<bool> g_int8{true};
+
+Way way_of(const Shape& shape) {
+  const bool small = shape.bits <= kMostInt8Bits && shape.rows <= kMostInt8Rows;
+  return g_int8.load() && is_packed(shape.bits) && small ? kInt8 : kBf16;
+}
+
+// An expert that some token goes to; its tiers that have micro-experts are blocks, by the way they
+// are computed.
 struct Expert {
   Routed routed;
-  std::vector<const uint8_t*> gate_up;
-  std::vector<DownBlock> down;
-  int64_t hidden_stride = 0;  // bytes from token to token
+  std::vector<const uint8_t*> gate_up[2];
+  std::vector<DownBlock> down[2];
+  int64_t hidden_stride = 0;  // bytes from row to row
+
+  bool empty() const { return down[kBf16].empty() && down[kInt8].empty(); }
 };
 
 struct PanelItem {
-  size_t expert, block;
+  size_t expert;
+  Way way;
+  size_t block;
   int64_t panel;
+};
+
+// Tokens with ordinary activations, and those whose spikes int8 would not do justice, which the
+// other way takes. The pointers are into one array: the second follow the first.
+struct Split {
+  Routed ordinary, spiky;
 };
 
 int check(const camera_layer& layer) {
@@ -98,7 +122,11 @@ class Run {
     {
       sum_groups();
 #pragma omp barrier
+      split_by_x();
+#pragma omp barrier
       gate_up();
+#pragma omp barrier
+      split_by_hidden();
 #pragma omp barrier
       down();
     }
@@ -114,17 +142,20 @@ class Run {
       if (held(ids[s])) ++start[ids[s] + 1];
     for (int64_t e = 0; e < layer_.num_experts; ++e) start[e + 1] += start[e];
     token_.resize(start.back());
+    row_.resize(start.back());
     weight_.resize(start.back());
     std::vector<int64_t> next(start.begin(), start.end() - 1);
     for (int64_t s = 0; s < slots; ++s) {
       if (!held(ids[s])) continue;
       const int64_t to = next[ids[s]]++;
       token_[to] = static_cast<int32_t>(s / top_k_);
+      row_[to] = static_cast<int32_t>(to - start[ids[s]]);
       weight_[to] = weights[s];
     }
     routed_.resize(layer_.num_experts);
     for (int64_t e = 0; e < layer_.num_experts; ++e)
-      routed_[e] = {token_.data() + start[e], weight_.data() + start[e], start[e + 1] - start[e]};
+      routed_[e] = {token_.data() + start[e], row_.data() + start[e], weight_.data() + start[e],
+                    start[e + 1] - start[e]};
   }
 
   bool held(int32_t id) const { return id >= 0 && id < layer_.num_experts; }
@@ -139,18 +170,19 @@ class Run {
         const Shape shape{tier.bits, tier.offsets[e + 1] - tier.offsets[e], layer_.d_model,
                           layer_.group_size};
         if (shape.rows > 0 && expert.routed.count > 0) {
-          expert.gate_up.push_back(tier.gate_up + gate_up[t]);
-          expert.down.push_back({shape, tier.down + down[t], nullptr});
+          const Way way = way_of(shape);
+          for (int64_t p = 0; p < shape.num_panels(); ++p)
+            panels_.push_back({experts_.size(), way, expert.down[way].size(), p});
+          expert.gate_up[way].push_back(tier.gate_up + gate_up[t]);
+          expert.down[way].push_back({shape, tier.down + down[t], nullptr});
+          has_int8_ |= way == kInt8;
           expert.hidden_stride += shape.hidden_bytes();
           if (is_packed(shape.bits)) packed_rows += shape.down_rows();
         }
         gate_up[t] += shape.gate_up_bytes();
         down[t] += shape.down_bytes();
       }
-      if (expert.down.empty()) continue;
-      for (size_t b = 0; b < expert.down.size(); ++b)
-        for (int64_t p = 0; p < expert.down[b].shape.num_panels(); ++p)
-          panels_.push_back({experts_.size(), b, p});
+      if (expert.empty()) continue;
       most_.tokens = std::max(most_.tokens, expert.routed.count);
       most_.rows = std::max(most_.rows, packed_rows);
       experts_.push_back(std::move(expert));
@@ -169,25 +201,38 @@ class Run {
   }
 
   bool place(Workspace& workspace) {
+    if (has_int8_) {
+      split_token_.resize(token_.size());
+      split_row_.resize(token_.size());
+      split_weight_.resize(token_.size());
+      spiky_x_.resize(num_tokens_);
+      split_.resize(experts_.size());
+    }
     threads_ = threads_worth_waking();
     columns_ = columns_per_item();
     scratch_bytes_ = round_up(isa().scratch_bytes(most_), 4096);
     sums_bytes_ = round_up(num_tokens_ * columns_ * 4, 4096);
     const int64_t x_sums = most_.rows ? round_up(num_tokens_ * groups() * 4, 4096) : 0;
+    const int64_t x8 = has_int8_ ? round_up(num_tokens_ * layer_.d_model, 4096) : 0;
     int64_t hidden = 0;
     for (const Expert& expert : experts_) hidden += expert.routed.count * expert.hidden_stride;
     uint8_t* start =
-        workspace.reserve(x_sums + threads_ * (scratch_bytes_ + sums_bytes_) + hidden);
+        workspace.reserve(3 * x_sums + x8 + threads_ * (scratch_bytes_ + sums_bytes_) + hidden);
     if (!start) return false;
     x_sums_ = reinterpret_cast<float*>(start);
-    scratch_ = start + x_sums;
+    x8_.scales = reinterpret_cast<float*>(start + x_sums);
+    x8_.sums = reinterpret_cast<float*>(start + 2 * x_sums);
+    x8_.codes = reinterpret_cast<int8_t*>(start + 3 * x_sums);
+    scratch_ = start + 3 * x_sums + x8;
     sums_ = scratch_ + threads_ * scratch_bytes_;
     uint8_t* next = sums_ + threads_ * sums_bytes_;
     for (Expert& expert : experts_) {
       uint8_t* tier = next;
-      for (DownBlock& block : expert.down) {
-        block.hidden = tier;
-        tier += block.shape.hidden_bytes();
+      for (auto& blocks : expert.down) {
+        for (DownBlock& block : blocks) {
+          block.hidden = tier;
+          tier += block.shape.hidden_bytes();
+        }
       }
       next += expert.routed.count * expert.hidden_stride;
     }
@@ -199,15 +244,23 @@ class Run {
     constexpr int64_t kWorth = 1 << 17;
     int64_t work = 0;
     for (const Expert& expert : experts_)
-      for (const DownBlock& block : expert.down)
-        work += (block.shape.gate_up_bytes() + block.shape.down_bytes()) *
-                ceil_div(expert.routed.count, 8);
+      for (const auto& blocks : expert.down)
+        for (const DownBlock& block : blocks)
+          work += (block.shape.gate_up_bytes() + block.shape.down_bytes()) *
+                  ceil_div(expert.routed.count, 8);
     return static_cast<int>(std::min<int64_t>(omp_get_max_threads(), 1 + work / kWorth));
   }
 
   int64_t groups() const { return layer_.d_model / layer_.group_size; }
 
+  // Of tokens that some packed tier multiplies: their groups' sums, and their inputs in int8.
   void sum_groups() {
+    if (has_int8_) {
+      const Shape shape{1, 0, layer_.d_model, layer_.group_size};
+#pragma omp for nowait
+      for (int64_t token = 0; token < num_tokens_; ++token)
+        spiky_x_[token] = isa().quantize_x(x_, token, shape, x8_);
+    }
     if (!most_.rows) return;
     const int64_t size = layer_.group_size, num_groups = groups();
 #pragma omp for
@@ -222,33 +275,97 @@ class Run {
     }
   }
 
+  // Orders an expert's tokens, those that are not spiky first; each kind stays in order.
+  template <typename IsSpiky>
+  Split split(const Routed& routed, IsSpiky&& is_spiky) {
+    const int64_t start = routed.token - token_.data();
+    int64_t ordinary = 0, to = start;
+    for (const bool wanted : {false, true}) {
+      for (int64_t i = 0; i < routed.count; ++i) {
+        if (is_spiky(i) != wanted) continue;
+        split_token_[to] = routed.token[i];
+        split_row_[to] = routed.row[i];
+        split_weight_[to++] = routed.weight[i];
+      }
+      if (!wanted) ordinary = to - start;
+    }
+    const auto part = [&](int64_t first, int64_t count) {
+      return Routed{split_token_.data() + start + first, split_row_.data() + start + first,
+                    split_weight_.data() + start + first, count};
+    };
+    return {part(0, ordinary), part(ordinary, routed.count - ordinary)};
+  }
+
+  void split_by_x() {
+    if (!has_int8_) return;
+#pragma omp for
+    for (size_t e = 0; e < experts_.size(); ++e) {
+      const Routed& routed = experts_[e].routed;
+      split_[e] = split(routed, [&](int64_t i) { return spiky_x_[routed.token[i]] != 0; });
+    }
+  }
+
+  void split_by_hidden() {
+    if (!has_int8_) return;
+#pragma omp for
+    for (size_t e = 0; e < experts_.size(); ++e) {
+      const Expert& expert = experts_[e];
+      split_[e] = split(expert.routed, [&](int64_t i) { return has_spike(expert, i); });
+    }
+  }
+
+  static bool has_spike(const Expert& expert, int64_t row) {
+    for (const DownBlock& block : expert.down[kInt8]) {
+      Spread all{0, 0};
+      const uint8_t* from = block.hidden + row * expert.hidden_stride + block.shape.spread_offset();
+      for (int64_t panel = 0; panel < block.shape.num_panels(); ++panel, from += kSpreadBytes) {
+        Spread one;
+        std::memcpy(&one, from, sizeof one);
+        all.largest = std::max(all.largest, one.largest);
+        all.sum += one.sum;
+      }
+      if (is_spiky(all, block.shape.rows)) return true;
+    }
+    return false;
+  }
+
   void gate_up() {
     uint8_t* scratch = scratch_ + omp_get_thread_num() * scratch_bytes_;
     // Taking the next ticket early tells what to prefetch.
     for (size_t item = next_panel_++, then; item < panels_.size(); item = then) {
       then = next_panel_++;
+      const Way way = panels_[item].way;
       GateUpJob job = panel_job(panels_[item], scratch);
       if (then < panels_.size()) {
         const GateUpJob following = panel_job(panels_[then], scratch);
         job.next = following.panel;
         job.next_bytes = following.shape.gate_up_bytes();
       }
-      isa().gate_up(job);
+      if (way == kInt8) {
+        const Split& split = split_[panels_[item].expert];
+        job.routed = split.ordinary;
+        if (job.routed.count) isa().gate_up_int8(job);
+        job.routed = split.spiky;
+      }
+      if (job.routed.count) isa().gate_up(job);
     }
   }
 
   GateUpJob panel_job(const PanelItem& item, uint8_t* scratch) const {
     const Expert& expert = experts_[item.expert];
-    const DownBlock& block = expert.down[item.block];
+    const DownBlock& block = expert.down[item.way][item.block];
     const int64_t element = is_packed(block.shape.bits) ? 4 : 2;
     GateUpJob job{};
     job.shape = block.shape;
     job.shape.rows = block.shape.panel_rows(item.panel);
-    job.panel = expert.gate_up[item.block] + block.shape.panel_offset(item.panel);
+    job.panel = expert.gate_up[item.way][item.block] + block.shape.panel_offset(item.panel);
     job.x = x_;
     job.x_sums = x_sums_;
+    job.x8 = x8_;
     job.routed = expert.routed;
-    job.hidden = const_cast<uint8_t*>(block.hidden) + item.panel * kPanelRows * element;
+    auto* hidden = const_cast<uint8_t*>(block.hidden);
+    job.hidden = hidden + item.panel * kPanelRows * element;
+    job.spreads = hidden + block.shape.spread_offset() + item.panel * kSpreadBytes;
     job.hidden_stride = expert.hidden_stride;
     job.scratch = scratch;
     return job;
@@ -260,30 +377,40 @@ class Run {
     uint8_t* scratch = scratch_ + thread * scratch_bytes_;
     for (int64_t item; (item = next_columns_++) < layer_.d_model / columns_;) {
       std::memset(sums, 0, num_tokens_ * columns_ * 4);
-      for (size_t e = 0; e < experts_.size(); ++e)
-        isa().down(down_job(e, item * columns_, sums, scratch));
+      for (size_t e = 0; e < experts_.size(); ++e) down(e, down_job(e, item * columns_, sums, scratch));
       for (int64_t t = 0; t < num_tokens_; ++t)
         for (int64_t c = 0; c < columns_; ++c)
           out_[t * layer_.d_model + item * columns_ + c] = to_bf16(sums[t * columns_ + c]);
     }
   }
 
+  void down(size_t e, DownJob job) const {
+    const auto with = [&](Way way, const Routed& routed) {
+      job.blocks = experts_[e].down[way].data();
+      job.num_blocks = static_cast<int64_t>(experts_[e].down[way].size());
+      job.routed = routed;
+      return job.num_blocks && routed.count;
+    };
+    if (with(kBf16, experts_[e].routed)) isa().down(job);
+    if (!has_int8_) return;
+    if (with(kInt8, split_[e].ordinary)) isa().down_int8(job);
+    if (with(kInt8, split_[e].spiky)) isa().down(job);
+  }
+
   DownJob down_job(size_t e, int64_t column, float* sums, uint8_t* scratch) const {
     const Expert& expert = experts_[e];
     DownJob job{};
-    job.blocks = expert.down.data();
-    job.num_blocks = static_cast<int64_t>(expert.down.size());
     job.group_size = layer_.group_size;
     job.column = column;
     job.num_columns = columns_;
     if (e + 1 < experts_.size()) {
-      const DownBlock& following = experts_[e + 1].down[0];
+      const auto& then = experts_[e + 1].down;
+      const DownBlock& following = then[kBf16].empty() ? then[kInt8][0] : then[kBf16][0];
       const int64_t block_bytes = following.shape.down_block_bytes();
       job.next = following.packed + column / kBlockCols * block_bytes;
       job.next_bytes = columns_ / kBlockCols * block_bytes;
     }
     job.hidden_stride = expert.hidden_stride;
-    job.routed = expert.routed;
     job.sums = sums;
     job.scratch = scratch;
     return job;
@@ -294,15 +421,19 @@ class Run {
   const int64_t num_tokens_, top_k_;
   uint16_t* out_;
 
-  std::vector<int32_t> token_;
-  std::vector<float> weight_;
+  std::vector<int32_t> token_, row_, split_token_, split_row_;
+  std::vector<float> weight_, split_weight_;
+  std::vector<uint8_t> spiky_x_;
+  std::vector<Split> split_;
   std::vector<Routed> routed_;
   std::vector<Expert> experts_;
   std::vector<PanelItem> panels_;
   Extent most_{};
   int64_t columns_ = 0, scratch_bytes_ = 0, sums_bytes_ = 0;
   int threads_ = 1;
+  bool has_int8_ = false;
   float* x_sums_ = nullptr;
+  Int8Inputs x8_{};
   uint8_t *scratch_ = nullptr, *sums_ = nullptr;
   std::atomic<size_t> next_panel_{0};
   std::atomic<int64_t> next_columns_{0};
@@ -326,6 +457,8 @@ extern "C" int camera_moe(const camera_layer* layer, const uint16_t* x, const fl
 }
 
 extern "C" const char* camera_isa(void) { return camera::isa().name; }
+
+extern "C" void camera_use_int8(int yes) { camera::g_int8.store(yes != 0); }
 
 extern "C" int camera_use_isa(const char* name) {
   for (const camera::Isa* candidate : {
