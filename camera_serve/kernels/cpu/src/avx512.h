@@ -117,9 +117,15 @@ CAMERA_INLINE void read_down_grid(const DownBlock& block, int64_t group, float* 
                                   float* zeros) {
   const int64_t rows = block.shape.down_rows();
   const uint8_t* from = block.packed + block.shape.down_codes_bytes() + group * rows * 2;
-  for (int64_t row = 0; row < rows; row += kLanes, from += 2 * kLanes) {
-    _mm512_storeu_ps(scales + row, load_halves(from, kLanes));
-    _mm512_storeu_ps(zeros + row, load_halves(from + block.shape.down_grid_bytes(), kLanes));
+  const uint8_t* zeros_from = from + block.shape.down_grid_bytes();
+  for (int64_t row = 0; row < rows; row += 2 * kLanes, from += 4 * kLanes, zeros_from += 4 * kLanes) {
+    _mm_prefetch(from + rows * 2, _MM_HINT_T0);  // the next group's
+    _mm_prefetch(zeros_from + rows * 2, _MM_HINT_T0);
+#pragma GCC unroll 2
+    for (int64_t half = 0; half < 2; ++half) {
+      _mm512_storeu_ps(scales + row + half * kLanes, load_halves(from + half * 2 * kLanes, kLanes));
+      _mm512_storeu_ps(zeros + row + half * kLanes, load_halves(zeros_from + half * 2 * kLanes, kLanes));
+    }
   }
 }
 

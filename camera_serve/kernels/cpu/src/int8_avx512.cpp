@@ -9,6 +9,8 @@ namespace camera {
 namespace avx512 {
 namespace {
 
+constexpr int64_t kAhead = 3072;  // bytes of codes to fetch ahead; measured
+
 // In assembly, because gcc 12 spills the sums of the intrinsic.
 CAMERA_INLINE Words dot(Words sum, Words codes, Words a) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(a));
@@ -83,25 +85,14 @@ CAMERA_INLINE void multiply_unit(const uint8_t* unit, const Lanes<N>& lanes,
 
 // ---- gate and up
 
-template <int kBits, int M, int H, bool kFull>
-void panel_tile(const PanelTile& tile, int64_t group, const uint8_t* unit, const Grid& grid) {
-  const Shape& shape = tile.job.shape;
-  const Int8Inputs& x8 = tile.job.x8;
-  const int8_t* a[M];
-  for (int m = 0; m < M; ++m) a[m] = x8.codes + tile.token(m) * shape.d_model + group * shape.group_size;
-  Lanes<2 * H> lanes{8 * shape.rows, {}, {}};
-  for (int n = 0; n < 2 * H; ++n) {
-    lanes.offset[n] = (n / H * shape.rows + n % H * kLanes) * 4;
-    lanes.mask[n] = first_lanes(shape.rows - n % H * kLanes);
-  }
-  Words sums[M][2 * H] = {};
-  const int64_t unit_bytes = kBits * 8 * shape.rows;
-  for (int64_t i = 0; i < shape.group_size; i += kUnit, unit += unit_bytes)
-    multiply_unit<kBits, M, 2 * H, kFull>(unit, lanes, a, i, sums);
+// A group's sums, scaled and shifted by its grid.
+template <int M, int H>
+CAMERA_INLINE void add_to_totals(const PanelTile& tile, const float* const* scales,
+                                 const float* const* x_sums, int64_t group, const Grid& grid,
+                                 const Words (&sums)[M][2 * H]) {
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) {
-    const int64_t at = tile.token(m) * shape.groups() + group;
-    const Vec scale = _mm512_set1_ps(x8.scales[at]), sum = _mm512_set1_ps(x8.sums[at]);
+    const Vec scale = _mm512_set1_ps(scales[m][group]), sum = _mm512_set1_ps(x_sums[m][group]);
 #pragma GCC unroll 4
     for (int n = 0; n < 2 * H; ++n) {
       const int vector = n / H * 2 + n % H;
@@ -114,7 +105,40 @@ void panel_tile(const PanelTile& tile, int64_t group, const uint8_t* unit, const
   }
 }
 
-using PanelFunction = void (*)(const PanelTile&, int64_t, const uint8_t*, const Grid&);
+template <int kBits, int M, int H, bool kFull>
+void panel_tile(const PanelTile& tile) {
+  const Shape& shape = tile.job.shape;
+  const Int8Inputs& x8 = tile.job.x8;
+  const int64_t rows = kFull ? kPanelRows : shape.rows, size = shape.group_size;
+  const int8_t* a[M];
+  const float *scales[M], *x_sums[M];
+  for (int m = 0; m < M; ++m) {
+    a[m] = x8.codes + tile.token(m) * shape.d_model;
+    scales[m] = x8.scales + tile.token(m) * shape.groups();
+    x_sums[m] = x8.sums + tile.token(m) * shape.groups();
+  }
+  Lanes<2 * H> lanes{8 * rows, {}, {}};
+  for (int n = 0; n < 2 * H; ++n) {
+    lanes.offset[n] = (n / H * rows + n % H * kLanes) * 4;
+    lanes.mask[n] = first_lanes(rows - n % H * kLanes);
+  }
+  const int64_t unit_bytes = kBits * 8 * rows;
+  const uint8_t* unit = tile.job.panel;
+  for (int64_t group = 0; group < shape.groups(); ++group) {
+    const uint8_t* grid = unit;
+    unit += 8 * rows;
+    Words sums[M][2 * H] = {};
+    for (int64_t i = group * size; i < (group + 1) * size; i += kUnit, unit += unit_bytes) {
+      if (tile.first == 0)
+        for (int64_t line = 0; line < unit_bytes; line += 64)
+          _mm_prefetch(unit + kAhead + line, _MM_HINT_T0);
+      multiply_unit<kBits, M, 2 * H, kFull>(unit, lanes, a, i, sums);
+    }
+    add_to_totals<M, H>(tile, scales, x_sums, group, read_grid(grid, rows), sums);
+  }
+}
+
+using PanelFunction = void (*)(const PanelTile&);
 
 template <int kBits, int H, bool kFull>
 constexpr PanelFunction kPanelTiles[kTile + 1] = {
@@ -130,20 +154,12 @@ constexpr PanelFunction kPanelTiles[kTile + 1] = {
 template <int kBits>
 void panel(const GateUpJob& job, float* totals) {
   const int64_t rows = job.shape.rows, size = tile_size(job.routed.count, kTile);
-  const int64_t group_bytes = job.shape.gate_up_group_bytes();
   const PanelFunction* tiles = rows == kPanelRows  ? kPanelTiles<kBits, 2, true>
                                : rows > kLanes     ? kPanelTiles<kBits, 2, false>
                                                    : kPanelTiles<kBits, 1, false>;
-  for (int64_t group = 0; group < job.shape.groups(); ++group) {
-    const uint8_t* from = job.panel + group * group_bytes;
-    const Grid grid = read_grid(from, rows);
-    for (int64_t line = 0; line < group_bytes; line += 64)
-      _mm_prefetch(from + 2 * kCodesAhead + line, _MM_HINT_T0);
-    for (int64_t first = 0; first < job.routed.count; first += size) {
-      const int64_t left = job.routed.count - first, count = left < size ? left : size;
-      tiles[count]({job, first, count, totals + first * 2 * kPanelRows}, group, from + 8 * rows,
-                   grid);
-    }
+  for (int64_t first = 0; first < job.routed.count; first += size) {
+    const int64_t left = job.routed.count - first, count = left < size ? left : size;
+    tiles[count]({job, first, count, totals + first * 2 * kPanelRows});
   }
 }
 
@@ -167,7 +183,7 @@ void columns(const DownTile& tile, int64_t column, const uint8_t* unit, int64_t 
   for (int64_t row = 0; row < rows; row += kUnit, unit += kUnitBytes) {
     for (int s = 0; s < S; ++s)
       for (int64_t line = 0; line < kUnitBytes; line += 64)
-        _mm_prefetch(unit + s * block_bytes + kCodesAhead + line, _MM_HINT_T0);
+        _mm_prefetch(unit + s * block_bytes + kAhead + line, _MM_HINT_T0);
     multiply_unit<kBits, M, 2 * S, true>(unit, lanes, tile.a, row, sums);
   }
 #pragma GCC unroll 6
@@ -219,25 +235,35 @@ struct Scaled {
 // hidden[j] * zeros[j], and what rounding took away, times the middle of all codes.
 CAMERA_INLINE Scaled scale_hidden(const float* hidden, const float* scales, const float* zeros,
                                   int64_t rows, float middle, int8_t* a) {
-  Vec largest = _mm512_setzero_ps(), shift = largest, sum = largest;
-  for (int64_t j = 0; j < rows; j += kLanes) {
-    const Vec h = _mm512_loadu_ps(hidden + j), scaled = _mm512_mul_ps(h, _mm512_loadu_ps(scales + j));
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(scaled));
-    shift = _mm512_fmadd_ps(h, _mm512_loadu_ps(zeros + j), shift);
-    sum = _mm512_add_ps(sum, scaled);
-  }
-  const float most = _mm512_reduce_max_ps(largest);
+  // Of both halves of a unit, or each sum would wait for the one before.
+  Vec largest[2] = {}, shift[2] = {}, sum[2] = {};
+  for (int64_t j = 0; j < rows; j += 2 * kLanes)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const int64_t i = j + half * kLanes;
+      const Vec h = _mm512_loadu_ps(hidden + i), scaled = _mm512_mul_ps(h, _mm512_loadu_ps(scales + i));
+      largest[half] = _mm512_max_ps(largest[half], _mm512_abs_ps(scaled));
+      shift[half] = _mm512_fmadd_ps(h, _mm512_loadu_ps(zeros + i), shift[half]);
+      sum[half] = _mm512_add_ps(sum[half], scaled);
+    }
+  const float most = _mm512_reduce_max_ps(_mm512_max_ps(largest[0], largest[1]));
   const Vec inverse = _mm512_set1_ps(most >= 1e-30f ? 127 / most : 0);
-  Words total = _mm512_setzero_si512();
-  for (int64_t j = 0; j < rows; j += kLanes) {
-    const Vec scaled = _mm512_mul_ps(_mm512_loadu_ps(hidden + j), _mm512_loadu_ps(scales + j));
-    const Words codes = _mm512_cvtps_epi32(_mm512_mul_ps(scaled, inverse));
-    total = _mm512_add_epi32(total, codes);
-    store_quads(a + j, codes);
-  }
-  const float step = most / 127;
-  const float lost = _mm512_reduce_add_ps(sum) - step * static_cast<float>(_mm512_reduce_add_epi32(total));
-  return {step, _mm512_reduce_add_ps(shift) + middle * lost};
+  Words total[2] = {};
+  for (int64_t j = 0; j < rows; j += 2 * kLanes)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const int64_t i = j + half * kLanes;
+      const Vec scaled = _mm512_mul_ps(_mm512_loadu_ps(hidden + i), _mm512_loadu_ps(scales + i));
+      const Words codes = _mm512_cvtps_epi32(_mm512_mul_ps(scaled, inverse));
+      total[half] = _mm512_add_epi32(total[half], codes);
+      store_quads(a + i, codes);
+    }
+  // One sum of all lanes: what was rounded away, in the middle of the codes, and the zeros' part.
+  const Vec step = _mm512_set1_ps(most / 127);
+  const Vec kept = _mm512_cvtepi32_ps(_mm512_add_epi32(total[0], total[1]));
+  const Vec lost = _mm512_fnmadd_ps(kept, step, _mm512_add_ps(sum[0], sum[1]));
+  const Vec all = _mm512_fmadd_ps(lost, _mm512_set1_ps(middle), _mm512_add_ps(shift[0], shift[1]));
+  return {most / 127, _mm512_reduce_add_ps(all)};
 }
 
 struct DownScratch {
