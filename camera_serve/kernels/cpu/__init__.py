@@ -3,10 +3,21 @@
 from camera_serve.kernels.cpu.layer import (
     CpuLayer,
     CpuTier,
+    activations,
     isa,
     pack_layer,
     ragged_moe,
+    use_activations,
     use_isa,
 )
 
-__all__ = ["CpuLayer", "CpuTier", "isa", "pack_layer", "ragged_moe", "use_isa"]
+__all__ = [
+    "CpuLayer",
+    "CpuTier",
+    "activations",
+    "isa",
+    "pack_layer",
+    "ragged_moe",
+    "use_activations",
+    "use_isa",
+]

@@ -1,6 +1,7 @@
 """A ragged layer packed for the C++ kernel, and the call of it."""
 
 import ctypes
+import os
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -12,6 +13,9 @@ from camera_serve.kernels.cpu.build import shared_library
 from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier, Rows
 
 UNIT = 32
+ACTIVATIONS = "CAMERA_SERVE_CPU_ACTIVATIONS"
+"""The variable that says what packed tiers of at most 4 bits are multiplied with."""
+
 _HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux
 _FAULTS = {
     1: "a shape it cannot take",
@@ -125,8 +129,33 @@ def use_isa(name: str) -> None:
     _check(_library().camera_use_isa(name.encode()), f"instruction set {name!r}")
 
 
+def activations() -> str:
+    """What packed tiers of at most 4 bits are multiplied with: `int8` or `bf16`."""
+    return "int8" if _library().camera_int8() else "bf16"
+
+
+def use_activations(name: str) -> None:
+    """Choose what packed tiers of at most 4 bits are multiplied with: int8, bf16, or auto (int8).
+
+    Raises `KernelError` for another name.
+    """
+    _choose(_library(), name)
+
+
+def _choose(library: ctypes.CDLL, name: str) -> None:
+    if name not in ("auto", "int8", "bf16"):
+        raise KernelError(f"{ACTIVATIONS} is {name!r}, wanted auto, int8 or bf16")
+    library.camera_use_int8(name != "bf16")
+
+
 @cache
 def _library() -> ctypes.CDLL:
+    library = _load()
+    _choose(library, os.environ.get(ACTIVATIONS, "auto"))
+    return library
+
+
+def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(shared_library()))
     size, pointer = ctypes.c_int64, ctypes.c_void_p
     rows = ctypes.POINTER(_Rows)
@@ -136,6 +165,8 @@ def _library() -> ctypes.CDLL:
     library.camera_pack_down.argtypes = (*(size,) * 4, rows, pointer)
     library.camera_moe.argtypes = (ctypes.POINTER(_Layer), *(pointer,) * 3, size, size, pointer)
     library.camera_isa.restype = ctypes.c_char_p
+    library.camera_int8.restype = ctypes.c_int
+    library.camera_use_int8.argtypes, library.camera_use_int8.restype = (ctypes.c_int,), None
     library.camera_use_isa.argtypes = (ctypes.c_char_p,)
     return library
 

@@ -68,6 +68,7 @@ const char* camera_isa(void);
 int camera_use_isa(const char* name);
 
 // Whether packed tiers of at most 4 bits take activations in int8 (the default) or in bf16.
+int camera_int8(void);
 void camera_use_int8(int yes);
 
 #pragma GCC visibility pop

@@ -324,7 +324,7 @@ class Run {
         all.largest = std::max(all.largest, one.largest);
         all.sum += one.sum;
       }
-      if (is_spiky(all, block.shape.rows)) return true;
+      if (is_spiky(all, block.shape.down_rows())) return true;
     }
     return false;
   }
@@ -457,6 +457,8 @@ extern "C" int camera_moe(const camera_layer* layer, const uint16_t* x, const fl
 }
 
 extern "C" const char* camera_isa(void) { return camera::isa().name; }
+
+extern "C" int camera_int8(void) { return camera::g_int8.load(); }
 
 extern "C" void camera_use_int8(int yes) { camera::g_int8.store(yes != 0); }
 
