@@ -135,7 +135,7 @@ def in_int8(
 ) -> torch.Tensor:
     """An expert's output with x, and h times down's scales, in steps of 1/127.
 
-    Of a token with a spike in x, or in the expert's h, they are what they are.
+    Of a token with a spike in x they are what they are, and h is where it has one itself.
     """
     groups = tiers[0].down.scales.shape[1]
     grouped = x.float().unflatten(1, (groups, -1))
@@ -149,7 +149,7 @@ def in_int8(
     spiky_h = torch.stack([spiky(h) for h in hidden if h.shape[1]] or [torch.zeros(len(x)) > 0])
     out = torch.zeros(x.shape, dtype=torch.float64)
     for tier, h in zip(tiers, hidden, strict=True):
-        out += down_in_int8(h, spiky_h.any(0), tier.down, tier.rows(expert))
+        out += down_in_int8(h, spiky_x | spiky_h.any(0), tier.down, tier.rows(expert))
     return out
 
 

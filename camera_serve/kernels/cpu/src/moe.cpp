@@ -310,7 +310,9 @@ class Run {
 #pragma omp for
     for (size_t e = 0; e < experts_.size(); ++e) {
       const Expert& expert = experts_[e];
-      split_[e] = split(expert.routed, [&](int64_t i) { return has_spike(expert, i); });
+      split_[e] = split(expert.routed, [&](int64_t i) {
+        return spiky_x_[expert.routed.token[i]] != 0 || has_spike(expert, i);
+      });
     }
   }
 
