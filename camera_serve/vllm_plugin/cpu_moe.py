@@ -4,11 +4,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from vllm.logger import init_logger
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from camera_serve.kernels import cpu
 from camera_serve.ragged.layer import RaggedLayer
 from camera_serve.vllm_plugin.experts import Experts, hold, like_x
+
+logger = init_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class _CpuExperts:
 def pack(holder: nn.Module, rows: RaggedLayer) -> Experts:
     """Hold the rows on `holder` as the kernel reads them, copied."""
     packed = cpu.pack_layer(rows)
+    logger.info_once(
+        "camera-serve: CPU kernel %s, activations of packed tiers in %s",
+        cpu.isa(),
+        cpu.activations(),
+    )
     held = [
         hold(holder, f"{name}_{number}", getattr(tier, name))
         for number, tier in enumerate(packed.tiers)

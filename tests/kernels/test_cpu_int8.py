@@ -127,7 +127,7 @@ def test_an_unknown_choice_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "chosen"), [("auto", "int8"), ("int8", "int8"), ("bf16", "bf16"), (None, "int8")]
+    ("value", "chosen"), [("auto", "bf16"), ("int8", "int8"), ("bf16", "bf16"), (None, "bf16")]
 )
 def test_the_variable_chooses(value: str | None, chosen: str) -> None:
     program = "from camera_serve.kernels.cpu import activations; print(activations())"
@@ -137,4 +137,4 @@ def test_the_variable_chooses(value: str | None, chosen: str) -> None:
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == chosen
-    assert activations() == "int8"
+    assert activations() == "bf16"

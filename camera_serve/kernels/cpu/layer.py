@@ -135,7 +135,7 @@ def activations() -> str:
 
 
 def use_activations(name: str) -> None:
-    """Choose what packed tiers of at most 4 bits are multiplied with: int8, bf16, or auto (int8).
+    """Choose what packed tiers of at most 4 bits are multiplied with: bf16, int8, or auto (bf16).
 
     Raises `KernelError` for another name.
     """
@@ -145,7 +145,7 @@ def use_activations(name: str) -> None:
 def _choose(library: ctypes.CDLL, name: str) -> None:
     if name not in ("auto", "int8", "bf16"):
         raise KernelError(f"{ACTIVATIONS} is {name!r}, wanted auto, int8 or bf16")
-    library.camera_use_int8(name != "bf16")
+    library.camera_use_int8(name == "int8")
 
 
 @cache

@@ -67,7 +67,7 @@ int camera_moe(const camera_layer* layer, const uint16_t* x, const float* weight
 const char* camera_isa(void);
 int camera_use_isa(const char* name);
 
-// Whether packed tiers of at most 4 bits take activations in int8 (the default) or in bf16.
+// Whether packed tiers of at most 4 bits take activations in int8, or in bf16 (the default).
 int camera_int8(void);
 void camera_use_int8(int yes);
 

@@ -56,7 +56,7 @@ enum Way { kBf16, kInt8 };
 constexpr int64_t kMostInt8Bits = 4;
 constexpr int64_t kMostInt8Rows = int64_t{1} << 20;  // 15 * 127 times this fits 32 bits
 
-std::atomic<bool> g_int8{true};
+std::atomic<bool> g_int8{false};
 
 Way way_of(const Shape& shape) {
   const bool small = shape.bits <= kMostInt8Bits && shape.rows <= kMostInt8Rows;
