@@ -1,7 +1,8 @@
 """vLLM engines in a process of their own: `run` starts it, `python -m tests.e2e.engine` is it.
 
 One process serves many checkpoints one after another, because importing vLLM takes longer than
-building a tiny engine. The engines run eagerly and inside the process unless a job says otherwise.
+building a tiny engine. The engines run eagerly and inside the process unless a job says otherwise;
+with several ranks, each rank is such a process.
 """
 
 import gc
@@ -10,10 +11,12 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,30 +59,55 @@ class Result:
     expert_bytes: int
 
 
-def run(jobs: list[Job], folder: Path, **environment: str) -> list[Result]:
-    """Serve the jobs in one new process; fails with its output when it fails."""
-    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    with (folder / "log").open("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.engine", str(folder)],
-            cwd=ROOT,
-            env={**os.environ, **_ENVIRONMENT, **environment},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait()
-        finally:
+def run(jobs: list[Job], folder: Path, ranks: int = 1, **environment: str) -> list[Result]:
+    """Serve the jobs in one new process for each rank; fails with its output when one fails."""
+    # A port for each: a rank that is ahead would still find the last engine at the same one.
+    ports = _free_ports(len(jobs))
+    work = [{"job": asdict(job), "port": port} for job, port in zip(jobs, ports, strict=True)]
+    (folder / "work.json").write_text(json.dumps(work))
+    environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    processes = [_start(folder, rank, environment) for rank in range(ranks)]
+    try:
+        # A rank whose peer has ended waits for it for ever.
+        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+            time.sleep(0.1)
+    finally:
+        for process in processes:
             # Workers outlive an engine that failed.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    assert code == 0, (folder / "log").read_text()[-6000:]
+    for rank, process in enumerate(processes):
+        assert process.returncode == 0, _log(folder, rank).read_text()[-6000:]
     return [
         Result([Answer(**answer) for answer in result["answers"]], result["expert_bytes"])
         for result in json.loads((folder / "results.json").read_text())
     ]
+
+
+def _start(folder: Path, rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    with _log(folder, rank).open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.engine", str(folder)],
+            cwd=ROOT,
+            env={**os.environ, **_ENVIRONMENT, **environment, **ranked},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"log-{rank}"
+
+
+def _free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _serve(job: Job) -> Result:
@@ -152,13 +180,15 @@ def _inspect_here(model: Path) -> None:
 
 def _main(folder: Path) -> None:
     results = []
-    for job in json.loads((folder / "jobs.json").read_text()):
+    for work in json.loads((folder / "work.json").read_text()):
+        os.environ["MASTER_PORT"] = str(work["port"])
         # vLLM collects garbage seven times for each engine: not among all that it imported.
         gc.freeze()
-        results.append(asdict(_serve(Job(**job))))
+        results.append(asdict(_serve(Job(**work["job"]))))
         for worker in multiprocessing.active_children():
             worker.kill()
-    (folder / "results.json").write_text(json.dumps(results))
+    if os.environ["RANK"] == "0":
+        (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tensor, expert and pipeline parallelism give the answers of the whole model on one process."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,31 +20,40 @@ PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
 PRUNED = ("qwen2_moe", "qwen3_moe")
 PACKED = "qwen2_moe, all bits"
 PLAN = "16:0.1,8:0.1,4:0.2,3:0.1,2:0.2,1:0.1,0:0.2"
-CASES: dict[tuple[str, str], dict[str, Any]] = {
+Cases = dict[tuple[str, str], dict[str, Any]]
+# vLLM starts two workers for each of these engines, and every worker imports vLLM anew.
+WORKERS: Cases = {("qwen2_moe", "pipeline"): PIPELINE, (PACKED, "tensor"): TENSOR}
+# Here the two ranks are processes of ours, and serve one model after another.
+RANKS: Cases = {
     ("qwen2_moe", "tensor"): TENSOR,
     ("qwen2_moe", "expert"): EXPERT,
-    ("qwen2_moe", "pipeline"): PIPELINE,
     ("qwen3_moe", "tensor"): TENSOR,
     ("qwen3_moe", "expert"): EXPERT,
-    (PACKED, "tensor"): TENSOR,
     (PACKED, "expert"): EXPERT,
 }
+CASES = {**WORKERS, **RANKS}
 
+Made = dict[str, tuple[Path, torch.nn.Module]]
 Served = dict[tuple[str, str], tuple[Result, list[torch.Tensor]]]
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     folder = tmp_path_factory.mktemp("parallel")
-    made = {family: checkpoints.make(family, folder / family) for family in PRUNED}
+    made: Made = {family: checkpoints.make(family, folder / family) for family in PRUNED}
     made[PACKED] = checkpoints.make_quantized("qwen2_moe", folder / PACKED, PLAN)
     wanted = {variant: checkpoints.expected(model) for variant, (_, model) in made.items()}
-    jobs = [Job(str(made[variant][0]), arguments) for (variant, _), arguments in CASES.items()]
-    results = run(jobs, folder, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    results = [*_run(WORKERS, made, folder, ranks=1), *_run(RANKS, made, folder, ranks=2)]
     return {
         (variant, mode): (result, wanted[variant])
         for (variant, mode), result in zip(CASES, results, strict=True)
     }
+
+
+def _run(cases: Cases, made: Made, folder: Path, ranks: int) -> list[Result]:
+    launched = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
+    jobs = [Job(str(made[v][0]), {**arguments, **launched}) for (v, _), arguments in cases.items()]
+    return run(jobs, folder, ranks, VLLM_CPU_OMP_THREADS_BIND="0|1")
 
 
 @pytest.mark.parametrize(("variant", "mode"), CASES)
