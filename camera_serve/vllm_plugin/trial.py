@@ -59,7 +59,17 @@ def _outputs(moe: FusedMoEConfig) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.tensor([[0, 1], [2, 1], [2, 0]], dtype=torch.int32)
     top_k_weights = torch.tensor([[0.5, 0.25], [1.0, 2.0], [0.125, 0.75]])
     layer = _loaded(moe, weights)
-    found = RoutedExperts.forward_modular(
+    found = _run(layer, x, top_k_weights, ids)
+    return found, ragged_moe(x, top_k_weights, ids, _rank_rows(moe, weights))
+
+
+def _run(
+    layer: Any, x: torch.Tensor, top_k_weights: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    if layer.quant_method.is_monolithic:
+        # vLLM hands over router logits, and it is we who call `apply`.
+        return layer.quant_method.apply(layer, x, top_k_weights, ids, None, None)
+    return RoutedExperts.forward_modular(
         layer,
         x=x,
         topk_weights=top_k_weights,
@@ -67,7 +77,6 @@ def _outputs(moe: FusedMoEConfig) -> tuple[torch.Tensor, torch.Tensor]:
         shared_experts=None,
         shared_experts_input=None,
     )
-    return found, ragged_moe(x, top_k_weights, ids, _rank_rows(moe, weights))
 
 
 def _loaded(moe: FusedMoEConfig, weights: Weights) -> Any:

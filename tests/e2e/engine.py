@@ -36,11 +36,18 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Job:
-    """One engine: a checkpoint, the arguments of `vllm.LLM` beside the common ones, token ids."""
+    """One engine: a checkpoint, the arguments of `vllm.LLM` beside the common ones, token ids.
+
+    calls: what its workers are asked to do before the prompts, with arguments; forgotten: whether
+    all weights are overwritten before that; refused: whether an error is what is wanted.
+    """
 
     model: str
     arguments: dict[str, Any] = field(default_factory=dict)
     prompts: Prompts = PROMPTS
+    calls: dict[str, dict[str, Any]] = field(default_factory=dict)
+    forgotten: bool = False
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """Answers to the prompts; resident bytes of routed and packed shared experts, first rank."""
+    """Answers to the prompts; resident bytes of routed and packed shared experts, first rank.
+
+    error: kind and message, where the job is one to be refused.
+    """
 
     answers: list[Answer]
     expert_bytes: int
+    error: str = ""
 
 
 def run(jobs: list[Job], folder: Path, ranks: int = 1, **environment: str) -> list[Result]:
@@ -80,7 +91,7 @@ def run(jobs: list[Job], folder: Path, ranks: int = 1, **environment: str) -> li
     for rank, process in enumerate(processes):
         assert process.returncode == 0, _log(folder, rank).read_text()[-6000:]
     return [
-        Result([Answer(**answer) for answer in result["answers"]], result["expert_bytes"])
+        Result(**{**result, "answers": [Answer(**answer) for answer in result["answers"]]})
         for result in json.loads((folder / "results.json").read_text())
     ]
 
@@ -117,6 +128,10 @@ def _serve(job: Job) -> Result:
     small = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 128}
     small |= {"kv_cache_memory_bytes": 64 * 2**20}
     engine = LLM(job.model, **{**small, "enforce_eager": True, "dtype": "float32", **job.arguments})
+    if job.forgotten:
+        engine.apply_model(_forget)
+    for call, kwargs in job.calls.items():
+        engine.collective_rpc(call, kwargs=kwargs)
     outputs = engine.generate(
         [{"prompt_token_ids": prompt} for prompt in job.prompts],
         SamplingParams(temperature=0, max_tokens=NUM_TOKENS, logprobs=5, ignore_eos=True),
@@ -125,6 +140,24 @@ def _serve(job: Job) -> Result:
     expert_bytes = engine.apply_model(_expert_bytes)[0]
     gc.freeze()
     return Result([_answer(output.outputs[0]) for output in outputs], expert_bytes)
+
+
+def _refused(job: Job) -> Result:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        _serve(job)
+    except Exception as error:
+        return Result([], 0, f"{type(error).__name__}: {error}")
+    finally:
+        # An engine that did not start leaves its groups behind.
+        cleanup_dist_env_and_memory()
+    raise AssertionError(f"{job} was served")
+
+
+def _forget(model: Any) -> None:
+    for weight in model.parameters():
+        weight.data.zero_()
 
 
 def _answer(output: Any) -> Answer:
@@ -184,7 +217,8 @@ def _main(folder: Path) -> None:
         os.environ["MASTER_PORT"] = str(work["port"])
         # vLLM collects garbage seven times for each engine: not among all that it imported.
         gc.freeze()
-        results.append(asdict(_serve(Job(**work["job"]))))
+        job = Job(**work["job"])
+        results.append(asdict(_refused(job) if job.refused else _serve(job)))
         for worker in multiprocessing.active_children():
             worker.kill()
     if os.environ["RANK"] == "0":

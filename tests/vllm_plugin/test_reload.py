@@ -18,13 +18,13 @@ from vllm.distributed import (
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
-    record_metadata_for_reloading,
 )
 
 from camera_serve.checkpoint.format import DENSE_TIERS, Tiers
 from camera_serve.errors import CheckpointError, ServingError
 from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
-from tests.vllm_plugin.experts import Experts, make_layer, random_experts, routed
+from tests.vllm_plugin.experts import make_layer, random_experts, routed
+from tests.vllm_plugin.reloading import addresses, reload, running
 from tests.vllm_plugin.shared_mlp import Mlp, exact
 
 COUNTS = ((0, 0, 0), (1, 3, 0), (5, 0, 7), (8, 2, 33))
@@ -37,27 +37,6 @@ def vllm_config() -> Iterator[VllmConfig]:
     config = VllmConfig()
     with set_current_vllm_config(config):
         yield config
-
-
-def running(experts: Experts, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, nn.Module]:
-    """A loaded layer with its method, in a model as vLLM knows it."""
-    method, layer = make_layer(experts, dtype=dtype)
-    model = nn.Module()
-    model.add_module("experts", layer)
-    record_metadata_for_reloading(model)
-    experts.load(layer)
-    method.process_weights_after_loading(layer)
-    return method, layer, model
-
-
-def reload(experts: Experts, layer: Any, model: nn.Module) -> None:
-    initialize_layerwise_reload(model)
-    experts.load(layer)
-    finalize_layerwise_reload(model, None)
-
-
-def addresses(model: nn.Module) -> dict[str, int]:
-    return {name: weight.data_ptr() for name, weight in model.named_parameters()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -25,6 +25,7 @@ from tests.vllm_plugin.experts import (
     random_experts,
     routed,
 )
+from tests.vllm_plugin.reloading import addresses, reload, running
 from tests.vllm_plugin.shared_mlp import Mlp, exact
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -172,6 +173,17 @@ def test_weights_are_packed_where_they_were_loaded(experts: Experts) -> None:
     rows = zip(MIXED.bits, (sum(tier) for tier in zip(*COUNTS, strict=True)), strict=True)
     wanted = sum(3 * D_MODEL * count * stored[bits] for bits, count in rows)
     assert sum(parameter.nbytes for parameter in held.values()) * 8 == wanted
+
+
+@here
+def test_reloaded_weights_lie_where_captured_graphs_read_them(experts: Experts) -> None:
+    method, layer, model = running(experts)
+    before = addresses(model)
+    others = random_experts(COUNTS, MIXED, D_MODEL)
+    reload(others, layer, model)
+    given = routed(7, others, 2, torch.float32)
+    check(method.apply(layer, *given, None, None), others, given)
+    assert addresses(model) == before
 
 
 @here
