@@ -141,8 +141,10 @@ class MeasuredExperts(nn.Module):
         """What `ragged_moe` gives of the same experts, to the bit."""
         out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
         for part in self.meter.projections(hidden_states, top_k_index, top_k_weights):
-            made = (functional.silu(part.gate) * part.up) @ self.meter.down[part.rows]
-            out.index_add_(0, part.tokens, made.float() * part.weights[:, None])
+            down, weights = self.meter.down[part.rows], part.weights[:, None]
+            activations = functional.silu(part.gate) * part.up
+            # No name for the product: it would be held while the next expert's is made.
+            out.index_add_(0, part.tokens, (activations @ down).float() * weights)
         return out.to(hidden_states.dtype)
 
 
