@@ -80,7 +80,7 @@ def zeroed(dense: Path, kept: Kept, dtype: torch.dtype = torch.float32) -> nn.Mo
             gone = torch.ones(d_ff, dtype=torch.bool)
             gone[kept[name]] = False
             if expert < 0:
-                mlp = getattr(moe, structure.family.shared_name)
+                mlp = getattr(moe, structure.modules.shared_name)
                 mlp.gate_proj.weight[gone] = 0
                 mlp.up_proj.weight[gone] = 0
                 mlp.down_proj.weight[:, gone] = 0
@@ -100,7 +100,7 @@ def _experts(structure: MoeStructure, layer: int) -> list[tuple[int, str, int]]:
     prefix = structure.moe_prefix(layer)
     experts = [(e, f"{prefix}.experts.{e}", structure.d_ff) for e in range(structure.num_experts)]
     if structure.shared_d_ff:
-        shared = f"{prefix}.{structure.family.shared_name}"
+        shared = f"{prefix}.{structure.modules.shared_name}"
         experts.append((-1, shared, structure.shared_d_ff))
     return experts
 

@@ -53,9 +53,9 @@ def dequantized(dense: Path, compressed: Path, dtype: torch.dtype = torch.float3
             moe.experts.gate_up_proj[expert].unflatten(0, (2, -1))[1, : len(up)] = up
             moe.experts.down_proj[expert].zero_()[:, : len(down)] = down.T
         for tiers in counts["shared"]:
-            mlp = getattr(moe, structure.family.shared_name)
+            mlp = getattr(moe, structure.modules.shared_name)
             for name in ("gate_proj", "up_proj", "down_proj"):
-                full = f"{prefix}.{structure.family.shared_name}.{name}"
+                full = f"{prefix}.{structure.modules.shared_name}.{name}"
                 rows = _rows(tensors, full, tiers, config, structure.d_model)
                 weight = getattr(mlp, name).weight.zero_()
                 (weight.T if name == "down_proj" else weight)[: len(rows)] = rows

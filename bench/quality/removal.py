@@ -78,5 +78,4 @@ def _experts(model: nn.Module, structure: MoeStructure, layer: int) -> Any:
 def _shared(model: nn.Module, structure: MoeStructure, layer: int) -> Any:
     if not structure.shared_d_ff:
         return None
-    name = f"{structure.moe_prefix(layer)}.{structure.family.shared_name}"
-    return model.get_submodule(structure.to_hf_name(name))
+    return model.get_submodule(structure.to_hf_name(structure.shared_expert_prefix(layer)))

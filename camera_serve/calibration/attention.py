@@ -51,7 +51,7 @@ def without_attention(
     hidden: `[samples, seq_len, d_model]`, the layer's input. The layer is tried on its first
     tokens: empty unless both ways agree to the bit, as in a family that scales the sum.
     """
-    name = _attention_name(loaded.module)
+    name = _attention_name(loaded)
     if name is None or loaded.experts is None:
         return {}
     returned: list[Any] = []
@@ -70,11 +70,11 @@ def without_attention(
     return {name: silent} if found.equal(wanted) else {}
 
 
-def _attention_name(module: nn.Module) -> str | None:
+def _attention_name(loaded: StreamedLayer) -> str | None:
     """What mixes tokens in a decoder layer: all that has matrices, if it is one, beside the MoE."""
     names = [
         name
-        for name, child in module.named_children()
-        if name != "mlp" and any(weight.ndim > 1 for weight in child.parameters())
+        for name, child in loaded.module.named_children()
+        if name != loaded.moe_name and any(weight.ndim > 1 for weight in child.parameters())
     ]
     return names[0] if len(names) == 1 else None

@@ -18,8 +18,15 @@ from torch import nn
 
 from camera_serve.calibration.prefetch import reading_ahead
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.errors import CameraError, DamagedWeightsError, described, is_out_of_memory
+from camera_serve.errors import (
+    CameraError,
+    DamagedWeightsError,
+    UnsupportedModelError,
+    described,
+    is_out_of_memory,
+)
 from camera_serve.models.building import build_on_meta
+from camera_serve.models.modules import layer_stack
 from camera_serve.models.structure import PROJECTIONS
 from camera_serve.ragged.layer import RaggedLayer, RaggedTier, ragged_moe
 
@@ -27,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 16384
 """Tokens run through a layer at once: enough to fill a GPU, small beside one layer's weights."""
+
+
+_SHAPES_HELD = 4
+"""Shapes of batches whose masks and rotary tables are held: full ones, the last, and a trial's."""
 
 
 def layers_at_once(device: torch.device) -> int:
@@ -52,15 +63,21 @@ class RoutedExperts(nn.Module):
 class StreamedLayer:
     """One decoder layer with its weights loaded.
 
-    `experts` are the routed experts in 16 bits, None for a dense layer. `shared_name` is where the
-    MoE block has its shared experts.
+    `experts` are the routed experts in 16 bits, None for a dense layer. `moe_name` is where the
+    layer has its MoE block, `shared_name` where that has its shared experts.
     """
 
     module: Any
     experts: RaggedTier[torch.Tensor] | None
+    moe_name: str
     shared: Any = None
     shared_gate: torch.Tensor | None = None
     shared_name: str = ""
+
+    @property
+    def moe(self) -> Any:
+        """The layer's MoE block."""
+        return self.module.get_submodule(self.moe_name)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All weights."""
@@ -70,7 +87,7 @@ class StreamedLayer:
 
     def use_experts(self, experts: RaggedTier[torch.Tensor]) -> None:
         """Run `experts` where the family's own experts module stood."""
-        self.module.mlp.experts = RoutedExperts(RaggedLayer((experts,)))
+        self.moe.experts = RoutedExperts(RaggedLayer((experts,)))
 
     def experts_replaced(
         self, routed: nn.Module, shared: nn.Module | None
@@ -79,7 +96,15 @@ class StreamedLayer:
         children = {"experts": routed}
         if self.shared is not None and shared is not None:
             children[self.shared_name] = shared
-        return replaced(self.module.mlp, children)
+        return replaced(self.moe, children)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer is given beside the hidden states."""
+
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
 
 
 @contextmanager
@@ -106,22 +131,42 @@ class ModelStream:
         self.structure = checkpoint.structure
         self.device = device
         self.dtype = dtype
-        # transformers' own model forward runs a stack of one: it makes masks and rotary tables
-        # as the family wants them, and only its first `num_hidden_layers` layers are looked at.
         config = copy.deepcopy(checkpoint.config)
         model = build_on_meta(config, dtype).eval()
-        self.stack = model.model
+        self.stack = layer_stack(model, self.structure.modules)
         self.layers = list(self.stack.layers)
-        self.layer_types = list(getattr(config, "layer_types", None) or [])
         self.keep_float32 = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-        self.stack.norm = nn.Identity()
-        self.stack.rotary_emb = type(self.stack.rotary_emb)(config=config).to(device)
-        self.stack.config.num_hidden_layers = 1
+        self._embedding = self.stack.get_input_embeddings()
+        self._calls: dict[torch.Size, list[_Call]] = {}
+        self._prepare()
 
+    def _prepare(self) -> None:
+        """Make all of the stack real but its embedding, its layers and its last norm."""
+        skipped = {id(self._embedding), id(self.stack.layers)}
+        for name, child in self.stack.named_children():
+            if id(child) in skipped:
+                continue
+            if "rotary" in name or "pos_emb" in name:
+                config = getattr(child, "config", None) or self.stack.config
+                setattr(self.stack, name, type(child)(config=config).to(self.device))
+            else:
+                setattr(self.stack, name, nn.Identity())
+
+    @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token embeddings: int64 `[samples, seq_len]` -> `[samples, seq_len, d_model]` on CPU."""
-        weight = self.checkpoint.get("model.embed_tokens.weight").to(self.dtype)
-        return nn.functional.embedding(tokens, weight)
+        """What enters the first layer: int64 `[samples, seq_len]` -> `[..., d_model]` on CPU.
+
+        The family's own model makes it, so that an embedding that is scaled is scaled.
+        """
+        embedding = copy.copy(self._embedding)
+        weight = self.checkpoint.get(self.structure.embedding_name).to(self.dtype)
+        embedding._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+        hidden = torch.empty((*tokens.shape, self.structure.d_model), dtype=self.dtype)
+        done = 0
+        for batch in tokens.split(self._batch_size(tokens)):
+            hidden[done : done + len(batch)] = self._enter(embedding(batch).to(self.device))[0]
+            done += len(batch)
+        return hidden
 
     @contextmanager
     def loading(self, layers: range) -> Iterator[Callable[[], StreamedLayer]]:
@@ -146,20 +191,22 @@ class ModelStream:
 
     def _load(self, layer: int) -> StreamedLayer:
         module = copy.deepcopy(self.layers[layer])
-        has_experts = layer in self.structure.moe_layers
+        modules, has_experts = self.structure.modules, layer in self.structure.moe_layers
         if has_experts:
-            module.mlp.experts = nn.Identity()
+            module.get_submodule(modules.moe_name).experts = nn.Identity()
         module.load_state_dict(self._weights(layer, module), assign=True)
         if not has_experts:
-            return StreamedLayer(module, None)
-        experts = self._experts(layer)
-        family = self.structure.family
-        if not self.structure.shared_d_ff or not family.shared_name:
-            return StreamedLayer(module, experts)
-        gate = getattr(module.mlp, family.shared_gate_name) if family.shared_gate_name else None
-        shared = getattr(module.mlp, family.shared_name)
-        weight = None if gate is None else gate.weight
-        return StreamedLayer(module, experts, shared, weight, family.shared_name)
+            return StreamedLayer(module, None, modules.moe_name)
+        loaded = StreamedLayer(module, self._experts(layer), modules.moe_name)
+        if not self.structure.shared_d_ff:
+            return loaded
+        gate = modules.shared_gate_name
+        return replace(
+            loaded,
+            shared=loaded.moe.get_submodule(modules.shared_name),
+            shared_gate=loaded.moe.get_submodule(gate).weight if gate else None,
+            shared_name=modules.shared_name,
+        )
 
     def run(self, layer: int, loaded: StreamedLayer, hidden: torch.Tensor) -> torch.Tensor:
         """The layer's outputs for all samples, in place of its inputs, which are returned.
@@ -180,23 +227,18 @@ class ModelStream:
 
         Raises `DamagedWeightsError` where config.json and weights make nothing, or NaN or Inf.
         """
-        self.stack.layers = nn.ModuleList([loaded.module])
-        if self.layer_types:
-            self.stack.config.layer_types = [self.layer_types[layer]]
-        try:
-            for batch in hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1])):
-                output = self._output(layer, batch)
-                if not output.isfinite().all():
-                    raise DamagedWeightsError(self._not_finite(layer, output))
-                yield output
-        finally:
-            # Or this layer would still be held while the next one is read.
-            self.stack.layers = nn.ModuleList()
+        for batch in hidden.split(self._batch_size(hidden)):
+            output = self._output(layer, loaded, batch)
+            if not output.isfinite().all():
+                raise DamagedWeightsError(self._not_finite(layer, output))
+            yield output
 
-    def _output(self, layer: int, batch: torch.Tensor) -> torch.Tensor:
+    def _output(self, layer: int, loaded: StreamedLayer, batch: torch.Tensor) -> torch.Tensor:
         inputs = batch.to(self.device)
         try:
-            return self.stack(inputs_embeds=inputs, use_cache=False).last_hidden_state.cpu()
+            call = self._calls_of(inputs)[layer]
+            output = loaded.module(inputs, *call.arguments, **call.keywords)
+            return (output[0] if isinstance(output, tuple) else output).cpu()
         except Exception as error:  # transformers checks few settings: the rest fails in its code.
             broken = type(error).__name__ == "AcceleratorError"
             if broken or isinstance(error, CameraError) or is_out_of_memory(error):
@@ -206,6 +248,48 @@ class ModelStream:
                 f"{self.checkpoint.path / 'config.json'}: layer {layer} cannot be run with these "
                 f"settings: {described(error)}"
             ) from error
+
+    def _calls_of(self, embedded: torch.Tensor) -> "list[_Call]":
+        """How the family's own model calls each layer.
+
+        Masks and rotary tables depend on the shape `[batch, seq_len]` alone: no window is padded.
+        """
+        shape = embedded.shape[:2]
+        if shape not in self._calls:
+            if len(self._calls) == _SHAPES_HELD:
+                self._calls.pop(next(iter(self._calls)))
+            self._calls[shape] = self._enter(embedded)[1]
+        return self._calls[shape]
+
+    def _enter(self, embedded: torch.Tensor) -> "tuple[torch.Tensor, list[_Call]]":
+        """Run the family's model around its layers: what enters the first, and how each is called.
+
+        embedded: `[batch, seq_len, d_model]` on the device, token embeddings.
+        """
+        entered: list[torch.Tensor] = []
+        calls: list[_Call] = []
+
+        def recorded(hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+            entered.append(hidden_states)
+            calls.append(_Call(arguments, keywords))
+            return hidden_states
+
+        try:
+            for layer in self.layers:
+                layer.forward = recorded
+            self.stack(inputs_embeds=embedded, use_cache=False)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        if len(calls) != len(self.layers) or any(x is not entered[0] for x in entered):
+            raise UnsupportedModelError(
+                f"{type(self.stack).__name__} does more between its layers than hand on what they "
+                "return: it cannot be run layer by layer"
+            )
+        return entered[0], calls
+
+    def _batch_size(self, tokens: torch.Tensor) -> int:
+        return max(1, TOKENS_PER_BATCH // tokens.shape[1])
 
     def _not_finite(self, layer: int, output: torch.Tensor) -> str:
         bad = int((~output.isfinite()).any(-1).sum())
@@ -218,7 +302,7 @@ class ModelStream:
         )
 
     def _weights(self, layer: int, module: nn.Module) -> dict[str, torch.Tensor]:
-        prefix = self.structure.to_hf_name(self.structure.layer_prefix(layer))
+        prefix = f"{self.structure.modules.layers_name}.{layer}"
         weights = {}
         for name in module.state_dict():
             on_disk = self.structure.to_checkpoint_name(f"{prefix}.{name}")

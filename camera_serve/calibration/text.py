@@ -243,7 +243,7 @@ def _scaled_positions(config: Any) -> int:
 
 
 def _check_vocabulary(checkpoint: Checkpoint, tokens: torch.Tensor) -> None:
-    rows, _ = checkpoint.entries["model.embed_tokens.weight"].shape
+    rows, _ = checkpoint.entries[checkpoint.structure.embedding_name].shape
     if (highest := int(tokens.max())) >= rows:
         raise CalibrationError(
             f"the tokenizer of {checkpoint.path} gives token {highest}, and the model has {rows}: "

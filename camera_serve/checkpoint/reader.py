@@ -1,7 +1,6 @@
 """A checkpoint on disk: config, MoE structure, lazily read safetensors, checked before any work."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -371,8 +370,8 @@ def check_shapes(found: Shapes, wanted: Shapes, structure: MoeStructure, path: P
 
 
 def _is_unused(name: str, structure: MoeStructure) -> bool:
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    past_the_end = match is not None and int(match[1]) >= structure.num_layers
+    layer = structure.layer_number(name)
+    past_the_end = layer is not None and layer >= structure.num_layers
     return past_the_end or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
 
 

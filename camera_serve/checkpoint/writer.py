@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,7 +38,8 @@ class ShardPlan:
         layers: dict[int, list[str]] = {}
         for name in sorted(checkpoint.entries):
             if not name.endswith("rotary_emb.inv_freq"):
-                layers.setdefault(_layer_of(name), []).append(name)
+                layer = checkpoint.structure.layer_number(name)
+                layers.setdefault(-1 if layer is None else layer, []).append(name)
         inside = range(-1, checkpoint.structure.num_layers)
         past_the_end = sorted(layer for layer in layers if layer not in inside)
         self.shards = [layers.get(layer, []) for layer in (*inside, *past_the_end)]
@@ -170,11 +170,6 @@ def publish(partial: Path, output: Path) -> None:
         raise
     _sync(output.parent)
     shutil.rmtree(output / STATE, ignore_errors=True)
-
-
-def _layer_of(name: str) -> int:
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else -1
 
 
 def _settings_with_code(file: Path) -> dict[str, Any] | None:

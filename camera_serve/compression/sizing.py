@@ -1,6 +1,5 @@
 """What a compression will write, hold and take, for `--dry-run` and the disk check."""
 
-import re
 import time
 from collections import Counter
 
@@ -130,10 +129,10 @@ def _hidden_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
 
 def _largest_layer(checkpoint: Checkpoint) -> int:
     """Stored bytes of the largest decoder layer, attention and router included."""
-    layers: Counter[str] = Counter()
+    layers: Counter[int] = Counter()
     for name, entry in checkpoint.entries.items():
-        if match := re.match(r"model\.layers\.\d+\.", name):
-            layers[match[0]] += entry.num_bytes
+        if (layer := checkpoint.structure.layer_number(name)) is not None:
+            layers[layer] += entry.num_bytes
     return max(layers.values())
 
 

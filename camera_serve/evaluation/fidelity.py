@@ -69,14 +69,14 @@ def _layer_error(
     if loaded.experts is None:
         return None, stream.run(layer, loaded, hidden)
     loaded.use_experts(loaded.experts)
-    comparison = _compare(loaded.module.mlp, compressed, layer)
-    loaded.module.mlp = comparison
+    comparison = _compare(loaded.moe, compressed, layer)
+    setattr(loaded.module, loaded.moe_name, comparison)
     hidden = stream.run(layer, loaded, hidden)
     return (comparison.error / max(comparison.energy, 1e-300)) ** 0.5, hidden
 
 
-def _compare(mlp: nn.Module, compressed: Checkpoint, layer: int) -> _Comparison:
-    other = copy.copy(mlp)
-    other._modules = dict(mlp._modules)
+def _compare(moe: nn.Module, compressed: Checkpoint, layer: int) -> _Comparison:
+    other = copy.copy(moe)
+    other._modules = dict(moe._modules)
     put_experts(other, compressed, layer, compressed.dtype)
-    return _Comparison(mlp, other)
+    return _Comparison(moe, other)

@@ -145,7 +145,7 @@ def inspect(path: Path) -> Inspection:
     tokens = {layer.layer: layer.tokens_per_expert for layer in report.layers} if report else {}
     return Inspection(
         path=path,
-        model_type=structure.family.model_type,
+        model_type=structure.model_type,
         plan=str(checkpoint.quantization.recipe.plan) if checkpoint.quantization else None,
         num_layers=structure.num_layers,
         num_experts=structure.num_experts,

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from camera_serve.checkpoint.experts import read_experts, read_shared_experts
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.models import MoeStructure
+from camera_serve.models.modules import layer_stack
 from camera_serve.ragged.layer import (
     PackedRows,
     RaggedLayer,
@@ -91,7 +92,7 @@ def remove_experts(model: PreTrainedModel, structure: MoeStructure) -> None:
     for moe in _moe_layers(model, structure).values():
         moe.experts = nn.Identity()
         if structure.shared_d_ff:
-            setattr(moe, str(structure.family.shared_name), nn.Identity())
+            setattr(moe, structure.modules.shared_name, nn.Identity())
 
 
 def add_experts(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -107,7 +108,7 @@ def put_experts(moe: nn.Module, checkpoint: Checkpoint, layer: int, dtype: torch
     moe.experts = RaggedExperts(read_experts(checkpoint, layer), dtype).to(device)
     if structure.shared_d_ff:
         shared = RaggedSharedExperts(read_shared_experts(checkpoint, layer), dtype)
-        setattr(moe, str(structure.family.shared_name), shared.to(device))
+        setattr(moe, structure.modules.shared_name, shared.to(device))
 
 
 def _tiers(modules: nn.ModuleList) -> tuple[RaggedTier[Rows], ...]:
@@ -115,7 +116,6 @@ def _tiers(modules: nn.ModuleList) -> tuple[RaggedTier[Rows], ...]:
 
 
 def _moe_layers(model: PreTrainedModel, structure: MoeStructure) -> dict[int, nn.Module]:
-    # A single MoE layer's parts lie in `mlp` in every family, whatever the checkpoint calls it, and
-    # the layers in the base model, which AutoModel loads alone.
-    layers = model.base_model.get_submodule("layers")
-    return {layer: layers.get_submodule(f"{layer}.mlp") for layer in structure.moe_layers}
+    layers = layer_stack(model, structure.modules).layers
+    name = structure.modules.moe_name
+    return {layer: layers.get_submodule(f"{layer}.{name}") for layer in structure.moe_layers}

@@ -30,7 +30,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 )
 
 from camera_serve.errors import UnsupportedModelError
-from camera_serve.models.families import FAMILIES
+from camera_serve.models.families import whole
 
 
 @strict
@@ -94,7 +94,9 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        if config.n_routed_experts and FAMILIES["deepseek"].has_experts(config, layer_idx):
+        dense = whole(config, "first_k_dense_replace", least=0)
+        every = whole(config, "moe_layer_freq")
+        if config.n_routed_experts and layer_idx >= dense and layer_idx % every == 0:
             self.mlp = DeepseekMoe(config)
 
 

@@ -18,7 +18,7 @@ from camera_serve.models.structure import MoeStructure
 Shape = tuple[int, ...]
 Index = tuple[int | slice, ...]
 
-_FUSED = re.compile(r"model\.layers\.(\d+)\.(\w+)\.experts\.(gate_up_proj|down_proj)")
+_FUSED = re.compile(r"(.+)\.experts\.(gate_up_proj|down_proj)")
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ def logical_tensors(
     """
     name = structure.to_checkpoint_name(stored)
     fused = _FUSED.fullmatch(name)
-    if fused is None or fused[2] != structure.family.moe_name:
+    layer = structure.layer_of(fused[1]) if fused else None
+    if fused is None or layer is None:
         yield LogicalTensor(name, shape)
         return
-    layer, d_ff, d_model = int(fused[1]), structure.d_ff, structure.d_model
-    both = fused[3] == "gate_up_proj"
+    d_ff, d_model, both = structure.d_ff, structure.d_model, fused[2] == "gate_up_proj"
     wanted = (structure.num_experts, *((2 * d_ff, d_model) if both else (d_model, d_ff)))
     if shape != wanted:
         raise CheckpointError(

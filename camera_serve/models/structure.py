@@ -1,13 +1,20 @@
 """The MoE structure of one model: which layers hold experts, how wide, and under which names."""
 
+import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from camera_serve.errors import UnsupportedModelError
+from camera_serve.models.building import build_on_meta
 from camera_serve.models.families import FAMILIES, MOST, Config, Family, whole
+from camera_serve.models.modules import MoeModules, find_moe
 
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
+
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What families call the number of routed experts; 0 is a dense model."""
 
 
 @dataclass(frozen=True)
@@ -15,25 +22,63 @@ class MoeStructure:
     """Sizes and checkpoint names of a model's MoE layers.
 
     `d_ff` and `shared_d_ff` are the original widths (`shared_d_ff` 0: no shared expert);
-    `moe_layers` are the decoder layers that hold experts.
+    `moe_layers` are the decoder layers that hold experts; `modules` is where transformers has them.
     """
 
     family: Family
+    model_type: str
+    modules: MoeModules
     num_layers: int
-    moe_layers: tuple[int, ...]
     d_model: int
-    d_ff: int
-    shared_d_ff: int
-    num_experts: int
     top_k: int
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The decoder layers that hold experts."""
+        return self.modules.moe_layers
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of each MoE layer."""
+        return self.modules.num_experts
+
+    @property
+    def d_ff(self) -> int:
+        """Micro-experts of each routed expert."""
+        return self.modules.d_ff
+
+    @property
+    def shared_d_ff(self) -> int:
+        """Micro-experts of the shared expert; 0 where there is none."""
+        return self.modules.shared_d_ff
 
     def layer_prefix(self, layer: int) -> str:
         """`model.layers.3`: the checkpoint prefix of a decoder layer."""
-        return f"model.layers.{layer}"
+        return self.to_checkpoint_name(f"{self.modules.layers_name}.{layer}.").removesuffix(".")
 
     def moe_prefix(self, layer: int) -> str:
         """`model.layers.3.mlp`: the checkpoint prefix of a MoE layer, its key in the layout."""
-        return f"{self.layer_prefix(layer)}.{self.family.moe_name}"
+        return self.to_checkpoint_name(self._moe_module(layer, "")).removesuffix(".")
+
+    @property
+    def embedding_name(self) -> str:
+        """`model.embed_tokens.weight`: the checkpoint name of the token embeddings."""
+        return self.to_checkpoint_name(f"{self.modules.embedding_name}.weight")
+
+    def layer_number(self, name: str) -> int | None:
+        """The decoder layer a checkpoint tensor belongs to, be it past the last; None: none."""
+        match = self._in_a_layer.match(name)
+        return int(match[1]) if match else None
+
+    def layer_of(self, moe_prefix: str) -> int | None:
+        """The layer, be it past the last, of a MoE block's checkpoint prefix; None for others."""
+        layer = self.layer_number(f"{moe_prefix}.")
+        return layer if layer is not None and self.moe_prefix(layer) == moe_prefix else None
+
+    @cached_property
+    def _in_a_layer(self) -> re.Pattern[str]:
+        prefix = self.to_checkpoint_name(f"{self.modules.layers_name}.")
+        return re.compile(re.escape(prefix) + r"(\d+)\.")
 
     def projection_name(self, projection: Projection) -> str:
         """`gate_proj`, or `w1` where the family says so."""
@@ -44,15 +89,29 @@ class MoeStructure:
         name = self.projection_name(projection)
         return f"{self.moe_prefix(layer)}.experts.{expert}.{name}"
 
+    def shared_expert_prefix(self, layer: int) -> str:
+        """`model.layers.3.mlp.shared_expert`: the checkpoint prefix of the shared expert."""
+        shared = self._moe_module(layer, f"{self.modules.shared_name}.")
+        return self.to_checkpoint_name(shared).removesuffix(".")
+
+    @property
+    def shared_expert_name(self) -> str:
+        """`shared_expert`: what the checkpoint calls the shared expert of a MoE layer; "": none."""
+        if not self.modules.shared_name:
+            return ""
+        return self.shared_expert_prefix(self.moe_layers[0]).rpartition(".")[2]
+
     def shared_prefix(self, layer: int, projection: Projection) -> str:
         """`model.layers.3.mlp.shared_expert.gate_proj`; shared experts never use w1/w2/w3."""
-        return f"{self.moe_prefix(layer)}.{self.family.shared_name}.{projection}_proj"
+        return f"{self.shared_expert_prefix(layer)}.{projection}_proj"
 
     def expert_prefixes(self) -> tuple[str, ...]:
         """Checkpoint prefixes of everything CAMERA compresses: experts and shared experts."""
-        parts = ("experts", self.family.shared_name) if self.shared_d_ff else ("experts",)
+        parts = ("experts.", f"{self.modules.shared_name}.") if self.shared_d_ff else ("experts.",)
         return tuple(
-            f"{self.moe_prefix(layer)}.{part}." for layer in self.moe_layers for part in parts
+            self.to_checkpoint_name(self._moe_module(layer, part))
+            for layer in self.moe_layers
+            for part in parts
         )
 
     def to_hf_name(self, name: str) -> str:
@@ -67,6 +126,10 @@ class MoeStructure:
             name = name.replace(new, old)
         return name
 
+    def _moe_module(self, layer: int, part: str) -> str:
+        """The transformers name of a part of a MoE layer."""
+        return f"{self.modules.layers_name}.{layer}.{self.modules.moe_name}.{part}"
+
     @property
     def micro_experts_per_layer(self) -> int:
         """Micro-experts of one MoE layer, shared experts included (`N_e`, section 3.1)."""
@@ -74,33 +137,31 @@ class MoeStructure:
 
 
 def describe(config: Config) -> MoeStructure:
-    """Read a transformers config into a `MoeStructure`.
+    """Find the MoE structure of a transformers config, in transformers' own model of it.
 
-    Raises `UnsupportedModelError` naming the architecture or setting that is not understood.
+    Raises `UnsupportedModelError` naming the architecture or setting that is not understood,
+    `CheckpointError` for a config that transformers builds no model from.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModelError(_unknown_message(config))
     _check_architecture(config, family)
-    _check_settings(config, family)
-    layers = range(whole(config, "num_hidden_layers", most=MOST))
-    moe_layers = tuple(i for i in layers if family.has_experts(config, i))
-    has_experts = getattr(config, family.num_experts_key)
-    num_experts = whole(config, family.num_experts_key, most=MOST) if has_experts else 0
-    if not moe_layers or not num_experts:
+    text = config.get_text_config()
+    _check_settings(text, config.model_type, family)
+    num_layers = whole(text, "num_hidden_layers", most=MOST)
+    modules = find_moe(build_on_meta(config), whole(text, "hidden_size"))
+    if modules is None:
         raise UnsupportedModelError(
-            f"this {family.model_type} model has {num_experts} experts in {len(moe_layers)} of "
-            f"{config.num_hidden_layers} layers: it is dense, and CAMERA compresses MoE layers only"
+            f"this {config.model_type} model has experts in none of {num_layers} layers: it is "
+            "dense, and CAMERA compresses MoE layers only"
         )
     return MoeStructure(
         family=family,
-        num_layers=len(layers),
-        moe_layers=moe_layers,
-        d_model=whole(config, "hidden_size"),
-        d_ff=whole(config, family.d_ff_key),
-        shared_d_ff=family.shared_d_ff(config),
-        num_experts=num_experts,
-        top_k=whole(config, "num_experts_per_tok", most=num_experts),
+        model_type=config.model_type,
+        modules=modules,
+        num_layers=num_layers,
+        d_model=text.hidden_size,
+        top_k=whole(text, family.top_k_key, most=modules.num_experts),
     )
 
 
@@ -125,21 +186,19 @@ def _check_architecture(config: Config, family: Family) -> None:
     for name in _architectures(config):
         if name not in family.architectures:
             raise UnsupportedModelError(
-                f"architecture {name!r} is not understood for model type {family.model_type!r}: "
+                f"architecture {name!r} is not understood for model type {config.model_type!r}: "
                 f"wanted {' or '.join(family.architectures)}"
             )
 
 
-def _check_settings(config: Config, family: Family) -> None:
-    _refuse_unless(config, family, "hidden_act", ("silu",))
-    for key, values in family.understood:
-        _refuse_unless(config, family, key, values)
-
-
-def _refuse_unless(config: Config, family: Family, key: str, values: tuple[Any, ...]) -> None:
-    value = getattr(config, key, values[0])
-    if value not in values:
-        raise UnsupportedModelError(
-            f"{family.model_type} with {key} = {value!r} is not understood: camera-serve "
-            f"reproduces {key} in {list(values)} only"
-        )
+def _check_settings(text: Config, model_type: str, family: Family) -> None:
+    for key in _COUNTS:
+        if getattr(text, key, None):
+            whole(text, key, most=MOST)
+    for key, values in (("hidden_act", ("silu",)), *family.understood):
+        value = getattr(text, key, values[0])
+        if value not in values:
+            raise UnsupportedModelError(
+                f"{model_type} with {key} = {value!r} is not understood: camera-serve reproduces "
+                f"{key} in {list(values)} only"
+            )

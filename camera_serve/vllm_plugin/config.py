@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
@@ -23,9 +24,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from camera_serve.checkpoint.format import LOST, CameraQuantizationConfig
 from camera_serve.checkpoint.reader import load_config, read_json
 from camera_serve.errors import CheckpointError, ServingError, quoted
-from camera_serve.models import Projection, describe
-from camera_serve.models.families import FAMILIES, Family
-from camera_serve.models.structure import PROJECTIONS
+from camera_serve.models import MoeStructure, describe
 from camera_serve.vllm_plugin import contract
 from camera_serve.vllm_plugin.compat import hub_shapes
 from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
@@ -43,6 +42,9 @@ from camera_serve.vllm_plugin.refusals import (
 )
 from camera_serve.vllm_plugin.trial import try_layer
 
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
 
 class CameraConfig(QuantizationConfig):
     """What `quantization_config` says, as vLLM asks for it. Pickled into every worker."""
@@ -56,7 +58,8 @@ class CameraConfig(QuantizationConfig):
                 "the model first (camera-serve compress), then start without --quantization"
             )
         self.quantization = quantization
-        self._model_type = ""
+        self._structure: MoeStructure | None = None
+        self._served_names: dict[str, str] = {}
         self._half_built: dict[str, PackedSharedExpert] = {}
 
     @classmethod
@@ -111,8 +114,7 @@ class CameraConfig(QuantizationConfig):
         """
         if hf_config is None:
             raise CheckpointError(f"{model_name} gives vLLM no Hugging Face config.json")
-        structure = describe(hf_config)
-        self._model_type = structure.family.model_type
+        structure = self._structure = describe(hf_config)
         folder = Path(model_name)
         with _remedy(model_name):
             if folder.is_dir():
@@ -137,14 +139,31 @@ class CameraConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         module, _, linear = prefix.rpartition(".")
-        moe_prefix, _, name = module.rpartition(".")
-        if name and name == self._family.shared_name and moe_prefix in self.quantization.layers:
-            return self._shared_method(moe_prefix, module, linear)
+        served, _, name = module.rpartition(".")
+        stored = self._stored_name(served)
+        if stored and name == self._moe.shared_expert_name:
+            return self._shared_method(stored, module, linear)
         return UnquantizedLinearMethod()
 
     @property
-    def _family(self) -> Family:
-        return FAMILIES[self._model_type]
+    def _moe(self) -> MoeStructure:
+        assert self._structure is not None, "vLLM builds layers before it has shown their config"
+        return self._structure
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Find layers by vLLM's names, which differ from the checkpoint's where a text stack is
+        nested; vLLM calls this before it builds the model.
+        """
+        self._served_names |= {
+            served: stored
+            for stored in self.quantization.layers
+            for served in hf_to_vllm_mapper.apply_list([stored])
+        }
+
+    def _stored_name(self, served: str) -> str | None:
+        """The layout's name of what vLLM calls this MoE layer; None for one it does not list."""
+        name = self._served_names.get(served, served)
+        return name if name in self.quantization.layers else None
 
     def _shared_method(self, moe_prefix: str, module: str, linear: str) -> LinearMethodBase:
         shared = self.quantization.layout(moe_prefix).shared
@@ -168,7 +187,8 @@ class CameraConfig(QuantizationConfig):
         return expert
 
     def _experts_method(self, layer: RoutedExperts, moe_prefix: str) -> CameraMoEMethod:
-        if moe_prefix not in self.quantization.layers:
+        stored = self._stored_name(moe_prefix)
+        if stored is None:
             raise ServingError(
                 f"vLLM builds a MoE layer {moe_prefix!r}, which quantization_config does not list: "
                 f"it has {len(self.quantization.layers)} layers, the first "
@@ -177,12 +197,10 @@ class CameraConfig(QuantizationConfig):
             )
         if contract.is_untested(vllm.__version__):
             try_layer(layer.moe_config)
-        projections = dict(zip(PROJECTIONS, self._family.projections, strict=True))
-
-        def name(expert: int, projection: Projection) -> str:
-            return f"{moe_prefix}.experts.{expert}.{projections[projection]}"
-
-        counts = self.quantization.layout(moe_prefix).experts
+        layer_number = self._moe.layer_of(stored)
+        assert layer_number is not None, "the layout was compared with the model"
+        name = partial(self._moe.expert_prefix, layer_number)
+        counts = self.quantization.layout(stored).experts
         return CameraMoEMethod(layer.moe_config, counts, self.quantization.tiers, moe_prefix, name)
 
 

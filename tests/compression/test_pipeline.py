@@ -75,7 +75,7 @@ def kept_of(source: Path, output: Path) -> pruning.Kept:
     for layer in structure.moe_layers:
         names = [f"{structure.moe_prefix(layer)}.experts.{e}" for e in range(structure.num_experts)]
         if structure.shared_d_ff:
-            names.append(f"{structure.moe_prefix(layer)}.{structure.family.shared_name}")
+            names.append(structure.shared_expert_prefix(layer))
         for name in names:
             gate = "gate_proj" if "shared" in name else structure.projection_name("gate")
             rows = dense.get(f"{name}.{gate}.weight")
