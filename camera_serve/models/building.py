@@ -1,13 +1,15 @@
 """transformers' own model of a config, on the meta device: names, shapes and code, no memory."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from camera_serve.errors import CheckpointError, described
-from camera_serve.models.families import Config
+from camera_serve.models.families import FAMILIES, Config
 
 
 def build_on_meta(config: Config, dtype: torch.dtype | None = None) -> Any:
@@ -25,7 +27,19 @@ def build_on_meta(config: Config, dtype: torch.dtype | None = None) -> Any:
 
 def _build(config: Config, dtype: torch.dtype | None) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
+        return _make(config)(config, **({"dtype": dtype} if dtype else {}))
+
+
+def _make(config: Config) -> Callable[..., Any]:
+    """What makes the model: the family's own class, which has all that its checkpoints hold.
+
+    `AutoModelForCausalLM` makes the text part alone of a model that sees pictures as well.
+    """
+    family = FAMILIES.get(config.model_type)
+    for name in family.architectures if family else ():
+        if model_class := getattr(transformers, name, None):
+            return model_class._from_config
+    return AutoModelForCausalLM.from_config
 
 
 def _setting_at_fault(config: Config) -> str:

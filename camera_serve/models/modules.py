@@ -81,17 +81,17 @@ def find_moe(model: nn.Module, d_model: int) -> MoeModules | None:
 
 
 def layer_stack(model: nn.Module, moe: MoeModules) -> Any:
-    """The module that owns the decoder layers, in a model of any head or none."""
-    wanted = moe.layers_name.split(".")
-    # AutoModel leaves off the name of the base model.
-    for start in range(len(wanted)):
-        name = ".".join(wanted[start:])
-        try:
-            model.get_submodule(name)
-        except AttributeError:
-            continue
-        return model.get_submodule(name.rpartition(".")[0])
-    raise UnsupportedModelError(f"{type(model).__name__} has no {moe.layers_name}")
+    """The module that owns the decoder layers, in a model of any head or none.
+
+    Its name is not always `layers_name`: AutoModel leaves off the base model's, and
+    AutoModelForCausalLM may make the text part of a larger model alone.
+    """
+    for name, module in model.named_modules():
+        if f".{name}".endswith(".layers") and isinstance(module, nn.ModuleList):
+            block = getattr(module[moe.moe_layers[0]], moe.moe_name, None)
+            if hasattr(block, "experts"):
+                return model.get_submodule(name.rpartition(".")[0])
+    raise UnsupportedModelError(f"{type(model).__name__} has no layers with {moe.moe_name}.experts")
 
 
 def _embedding_name(model: nn.Module, layers_name: str) -> str:
