@@ -164,7 +164,8 @@ class ModelStream:
         hidden = torch.empty((*tokens.shape, self.structure.d_model), dtype=self.dtype)
         done = 0
         for batch in tokens.split(self._batch_size(tokens)):
-            hidden[done : done + len(batch)] = self._enter(embedding(batch).to(self.device))[0]
+            with self._running(0):
+                hidden[done : done + len(batch)] = self._enter(embedding(batch).to(self.device))[0]
             done += len(batch)
         return hidden
 
@@ -235,11 +236,17 @@ class ModelStream:
 
     def _output(self, layer: int, loaded: StreamedLayer, batch: torch.Tensor) -> torch.Tensor:
         inputs = batch.to(self.device)
-        try:
+        with self._running(layer):
             call = self._calls_of(inputs)[layer]
             output = loaded.module(inputs, *call.arguments, **call.keywords)
-            return (output[0] if isinstance(output, tuple) else output).cpu()
-        except Exception as error:  # transformers checks few settings: the rest fails in its code.
+        return (output[0] if isinstance(output, tuple) else output).cpu()
+
+    @contextmanager
+    def _running(self, layer: int) -> Iterator[None]:
+        """Say of what transformers raises that it is config.json's: it checks few settings."""
+        try:
+            yield
+        except Exception as error:
             broken = type(error).__name__ == "AcceleratorError"
             if broken or isinstance(error, CameraError) or is_out_of_memory(error):
                 raise
