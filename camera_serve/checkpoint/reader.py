@@ -136,6 +136,11 @@ class Checkpoint:
         prefixes = self.structure.expert_prefixes()
         return frozenset(name for name in self.entries if name.startswith(prefixes))
 
+    @cached_property
+    def carried_names(self) -> frozenset[str]:
+        """Names of tensors that config.json does not ask for: draft layers, a vision tower."""
+        return frozenset(self.entries.keys() - self.expected_shapes.keys())
+
     @property
     def expert_bytes(self) -> int:
         """Bytes of all expert weights, shared experts included."""
@@ -150,12 +155,26 @@ class Checkpoint:
         """Refuse a missing, misshapen or unknown tensor, by name."""
         shapes = {name: entry.shape for name, entry in self.entries.items()}
         check_shapes(shapes, self.expected_shapes, self.structure, self.path)
+        self._check_index()
         for name, entry in self.entries.items():
             wanted = stored_dtypes(name)
             if entry.dtype not in wanted:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} is stored as {entry.dtype}, wanted "
                     f"{' or '.join(wanted)}"
+                )
+
+    def _check_index(self) -> None:
+        """Refuse an index of other tensors: config.json knows nothing of those that are carried."""
+        index = self.path / INDEX
+        if not index.exists():
+            return
+        stored = {entry.stored for entry in self.entries.values()}
+        for name, file in _weight_map(index).items():
+            if name not in stored:
+                raise CheckpointError(
+                    f"{self.path / file}: tensor {name} is missing, and {INDEX} names it: copy both "
+                    "again from where they came from"
                 )
 
     def require_dense(self) -> None:
@@ -350,8 +369,8 @@ def stored_dtypes(name: str) -> tuple[str, ...]:
 def check_shapes(found: Shapes, wanted: Shapes, structure: MoeStructure, path: Path) -> None:
     """Compare tensor names and shapes with what a config implies.
 
-    Raises `CheckpointError` naming the first at fault. Tensors that no engine loads (rotary tables,
-    tied heads, layers past the last one) may be there.
+    Raises `CheckpointError` naming the first at fault. Tensors that the model itself does not load
+    may be there: rotary tables, tied heads, layers past the last one, other models' parts.
     """
     for name, shape in wanted.items():
         if name not in found:
@@ -361,7 +380,7 @@ def check_shapes(found: Shapes, wanted: Shapes, structure: MoeStructure, path: P
                 f"{path}: tensor {name} has shape {list(found[name])}, config.json implies "
                 f"{list(shape)}"
             )
-    extra = [name for name in found if name not in wanted and not _is_unused(name, structure)]
+    extra = [name for name in found if name not in wanted and not _may_be_there(name, structure)]
     if extra:
         raise CheckpointError(
             f"{path}: tensor {sorted(extra)[0]} is not part of this model as config.json describes "
@@ -369,7 +388,11 @@ def check_shapes(found: Shapes, wanted: Shapes, structure: MoeStructure, path: P
         )
 
 
-def _is_unused(name: str, structure: MoeStructure) -> bool:
+def _may_be_there(name: str, structure: MoeStructure) -> bool:
+    # `mtp.fc.weight` and `model.visual.…` have no place in the stack of layers, `model.` here.
+    stack = structure.layer_prefix(0).removesuffix("layers.0")
+    if not name.startswith((stack, "lm_head.")):
+        return True
     layer = structure.layer_number(name)
     past_the_end = layer is not None and layer >= structure.num_layers
     return past_the_end or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
@@ -399,7 +422,7 @@ def _weight_files(path: Path) -> list[Path]:
     Raises `CheckpointError` for one that is missing, and where it is not clear which they are.
     """
     if (path / INDEX).exists():
-        names = sorted(set(_weight_map(path / INDEX)))
+        names = sorted(set(_weight_map(path / INDEX).values()))
         for name in names:
             if not (path / name).is_file():
                 raise CheckpointError(f"{path / name} is missing: {INDEX} names it")
@@ -425,13 +448,14 @@ def _other_weights(path: Path, others: list[str]) -> str:
     return ""
 
 
-def _weight_map(index: Path) -> Iterable[str]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """File names by tensor name."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in weight_map.values()
     ):
         raise CheckpointError(f"{index} holds no weight_map of plain file names")
-    return weight_map.values()
+    return weight_map
 
 
 def _read_header(file: Path) -> dict[str, TensorEntry]:

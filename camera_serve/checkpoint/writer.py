@@ -37,7 +37,7 @@ class ShardPlan:
     def __init__(self, checkpoint: Checkpoint) -> None:
         layers: dict[int, list[str]] = {}
         for name in sorted(checkpoint.entries):
-            if not name.endswith("rotary_emb.inv_freq"):
+            if not is_left_behind(name):
                 layer = checkpoint.structure.layer_number(name)
                 layers.setdefault(-1 if layer is None else layer, []).append(name)
         inside = range(-1, checkpoint.structure.num_layers)
@@ -47,6 +47,11 @@ class ShardPlan:
     def file_name(self, shard: int) -> str:
         """`model-00003-of-00049.safetensors`, the name every engine knows."""
         return f"model-{shard + 1:05}-of-{len(self.shards):05}.safetensors"
+
+
+def is_left_behind(name: str) -> bool:
+    """Whether a tensor of the original is in no output: a table that every engine makes itself."""
+    return name.endswith("rotary_emb.inv_freq")
 
 
 def write_shard(

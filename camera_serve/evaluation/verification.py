@@ -11,7 +11,7 @@ import torch
 
 from camera_serve.checkpoint.format import dense_layout
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.checkpoint.writer import serving_config
+from camera_serve.checkpoint.writer import is_left_behind, serving_config
 from camera_serve.errors import CheckpointError
 from camera_serve.evaluation.checksums import Checksums
 from camera_serve.models.structure import PROJECTIONS, Projection
@@ -132,6 +132,7 @@ def _open_original(checkpoint: Checkpoint, against: Path) -> Checkpoint:
             f"compare with the model that {checkpoint.path} was made from"
         )
     _check_same_model(checkpoint, original)
+    _check_nothing_lost(checkpoint, original)
     return original
 
 
@@ -182,6 +183,17 @@ def _check_same_model(checkpoint: Checkpoint, original: Checkpoint) -> None:
                 f"{checkpoint.path / 'config.json'}: {key} is {ours.get(key)!r}, but "
                 f"{theirs.get(key)!r} in {original.path}: give the model it was made from"
             )
+
+
+def _check_nothing_lost(checkpoint: Checkpoint, original: Checkpoint) -> None:
+    """Draft layers and vision towers, of which config.json does not say what they consist of."""
+    lost = sorted(original.carried_names - checkpoint.entries.keys())
+    lost = [name for name in lost if not is_left_behind(name)]
+    if lost:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {lost[0]} of {original.path} is missing ({len(lost)} such "
+            "tensors): copy the checkpoint again, or compress again"
+        )
 
 
 def _check_equal(

@@ -128,11 +128,27 @@ def test_a_missing_tensor_is_named(model: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.2.mlp.gate.weight"]
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.2.mlp.gate.weight",
+        "mtp.fc.weight",
+        "visual.patch_embed.proj.weight",
+    ],
 )
-def test_tensors_that_no_engine_loads_may_stay(model: Path, name: str) -> None:
+def test_tensors_that_the_model_itself_does_not_load_may_stay(model: Path, name: str) -> None:
     _edit(model, add={name: torch.zeros(4)})
-    Checkpoint.open(model)
+    assert Checkpoint.open(model).carried_names == {name}
+
+
+def test_a_tensor_that_only_the_index_knows_is_named(model: Path) -> None:
+    _edit(model, add={"mtp.fc.weight": torch.zeros(4)})
+    index = model / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"] |= {name: first_shard(model).name for name in ("mtp.fc.weight", "mtp.gone")}
+    index.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=rf"{first_shard(model)}: tensor mtp\.gone is missing"):
+        Checkpoint.open(model)
 
 
 def test_fp8_weights_are_refused_with_the_remedy(model: Path) -> None:

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from camera_serve import Calibration, Recipe, TierPlan, compress, estimate
@@ -21,7 +23,7 @@ from camera_serve.checkpoint.workspace import Workspace
 from camera_serve.compression import sizing
 from camera_serve.errors import CheckpointError, DamagedWeightsError, OutputError
 from camera_serve.progress import Progress
-from tests import pruning, quantized, tiny_models
+from tests import drafts, pruning, quantized, tiny_models
 from tests.editing import digest, edit_weights
 from tests.races import in_child
 from tests.ranking.test_energy import direct_energies
@@ -142,6 +144,29 @@ def test_what_is_not_an_expert_is_copied_to_the_bit(
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
         model / "tokenizer.json"
     ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "add"),
+    [("deepseek_v3", drafts.add_deepseek_mtp), ("qwen2_moe", drafts.add_qwen_mtp)],
+)
+def test_layers_that_draft_tokens_and_other_parts_are_copied_to_the_bit(
+    family: str, add: Callable[[Path], None], tmp_path: Path, text: Path
+) -> None:
+    model = tiny_models.save(family, tmp_path / "model")
+    add(model)
+    compress(model, tmp_path / "out", recipe(text))
+    before = load_file(model / "model.safetensors")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    after = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    carried = [name for name in before if name.startswith((drafts.DRAFT, "mtp.", "visual."))]
+    assert len(carried) > 6
+    for name in carried:
+        assert after[name].dtype == before[name].dtype
+        assert after[name].equal(before[name]), name
+    settings = [json.loads((p / "config.json").read_text()) for p in (model, tmp_path / "out")]
+    wanted, found = (config.get("num_nextn_predict_layers") for config in settings)
+    assert found == wanted
 
 
 def test_a_dense_first_layer_is_left_alone(tmp_path: Path, text: Path) -> None:

@@ -16,7 +16,7 @@ from camera_serve.checkpoint.report import REPORT_FILE
 from camera_serve.errors import CheckpointError
 from camera_serve.evaluation.verification import verify
 from camera_serve.progress import Progress
-from tests import pruning, quantized, tiny_models
+from tests import drafts, pruning, quantized, tiny_models
 from tests.editing import Tensors, digest, edit_config, edit_weights
 
 D_FF, NUM_EXPERTS, SHARED_D_FF = 64, 8, 96
@@ -172,6 +172,34 @@ def test_an_altered_tensor_outside_the_experts_is_named(
     edit_weights(compressed, alter)
     with pytest.raises(CheckpointError, match=rf"{name}, row 17 differs .*\(1 of"):
         verify(compressed, dense)
+
+
+CARRIED = {
+    "deepseek_v3": (drafts.add_deepseek_mtp, f"{drafts.DRAFT}mlp.experts.2.up_proj.weight"),
+    "qwen2_moe": (drafts.add_qwen_mtp, "mtp.layers.0.mlp.experts.down_proj"),
+    "olmoe": (drafts.add_qwen_mtp, "visual.blocks.0.attn.qkv.weight"),
+}
+
+
+@pytest.mark.parametrize("family", CARRIED)
+def test_parts_that_compress_has_nothing_to_do_with_are_compared(
+    family: str, tmp_path: Path
+) -> None:
+    add, name = CARRIED[family]
+    model = tiny_models.save(family, tmp_path / "model")
+    add(model)
+    pruning.prune(model, tmp_path / "out")
+    verify(tmp_path / "out", model)
+
+    def flip_a_bit(tensors: Tensors) -> None:
+        tensors[name].view(torch.uint8)[3, ..., 7] ^= 1
+
+    edit_weights(tmp_path / "out", flip_a_bit)
+    with pytest.raises(CheckpointError, match=rf"{name}, row 3 differs"):
+        verify(tmp_path / "out", model)
+    edit_weights(tmp_path / "out", lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=rf"{name} of {model} is missing.*1 such"):
+        verify(tmp_path / "out", model)
 
 
 def test_an_altered_setting_is_named(dense: Path, compressed: Path) -> None:
