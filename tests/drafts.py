@@ -1,4 +1,4 @@
-"""Layers that draft tokens, added to tiny models on disk: transformers neither has nor saves them."""
+"""Layers that draft tokens, added to tiny models on disk: transformers has none to save."""
 
 from pathlib import Path
 

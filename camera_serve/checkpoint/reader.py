@@ -173,8 +173,8 @@ class Checkpoint:
         for name, file in _weight_map(index).items():
             if name not in stored:
                 raise CheckpointError(
-                    f"{self.path / file}: tensor {name} is missing, and {INDEX} names it: copy both "
-                    "again from where they came from"
+                    f"{self.path / file}: tensor {name} is missing, and {INDEX} names it: copy "
+                    "both files again from where they came from"
                 )
 
     def require_dense(self) -> None:

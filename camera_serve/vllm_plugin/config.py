@@ -27,6 +27,7 @@ from camera_serve.errors import CheckpointError, ServingError, quoted
 from camera_serve.models import MoeStructure, describe
 from camera_serve.vllm_plugin import contract
 from camera_serve.vllm_plugin.compat import hub_shapes
+from camera_serve.vllm_plugin.drafts import DRAFT_MODEL, draft_layers, why_no_draft
 from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
 from camera_serve.vllm_plugin.loading import TierCounts, check_folder, check_hub_model
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
@@ -60,6 +61,7 @@ class CameraConfig(QuantizationConfig):
         self.quantization = quantization
         self._structure: MoeStructure | None = None
         self._served_names: dict[str, str] = {}
+        self._draft_layers: frozenset[str] | None = frozenset()
         self._half_built: dict[str, PackedSharedExpert] = {}
 
     @classmethod
@@ -122,20 +124,30 @@ class CameraConfig(QuantizationConfig):
                 refuse_overrides(structure, stored, model_name)
             self.quantization.check(structure)
             if folder.is_dir():
-                check_folder(folder)
+                carried = check_folder(folder)
             else:
                 found = hub_shapes(model_name, revision)
-                check_hub_model(model_name, hf_config, structure, self.quantization, found)
+                carried = check_hub_model(
+                    model_name, hf_config, structure, self.quantization, found
+                )
+        self._draft_layers = None if carried is None else draft_layers(carried)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Ragged methods for routed and shared experts, vLLM's own for all other layers.
 
-        Raises `ServingError` for a MoE layer that the layout does not list: its tensors would be
-        read as if they were dense. And for settings that cannot be honoured; vLLM has none earlier.
+        Raises `ServingError` for a MoE layer that neither the layout lists nor drafts tokens: its
+        tensors would be read as if they were dense. And for settings that cannot be honoured; vLLM
+        has none earlier.
         """
         refuse_settings(get_current_vllm_config())
+        prefix = prefix.removeprefix(DRAFT_MODEL)
         if isinstance(layer, RoutedExperts):
-            return self._experts_method(layer, prefix.removesuffix(".experts"))
+            moe_prefix = prefix.removesuffix(".experts")
+            stored = self._stored_name(moe_prefix)
+            if stored is None:
+                self._require_draft(moe_prefix)
+                return None
+            return self._experts_method(layer, moe_prefix, stored)
         if not isinstance(layer, LinearBase):
             return None
         module, _, linear = prefix.rpartition(".")
@@ -186,15 +198,18 @@ class CameraConfig(QuantizationConfig):
             self._half_built[module] = expert
         return expert
 
-    def _experts_method(self, layer: RoutedExperts, moe_prefix: str) -> CameraMoEMethod:
-        stored = self._stored_name(moe_prefix)
-        if stored is None:
+    def _require_draft(self, moe_prefix: str) -> None:
+        config, num_layers = get_current_vllm_config(), self._moe.num_layers
+        if reason := why_no_draft(moe_prefix, num_layers, self._draft_layers, config):
             raise ServingError(
                 f"vLLM builds a MoE layer {moe_prefix!r}, which quantization_config does not list: "
                 f"it has {len(self.quantization.layers)} layers, the first "
-                f"{min(self.quantization.layers)!r}. Start without the flag that adds or renames "
-                "layers (--speculative-config, --model-impl, --model-class-overrides)"
+                f"{min(self.quantization.layers)!r}. {reason}"
             )
+
+    def _experts_method(
+        self, layer: RoutedExperts, moe_prefix: str, stored: str
+    ) -> CameraMoEMethod:
         if contract.is_untested(vllm.__version__):
             try_layer(layer.moe_config)
         layer_number = self._moe.layer_of(stored)

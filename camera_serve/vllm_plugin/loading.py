@@ -280,15 +280,15 @@ def _part_of(rows: Rows, part: Part) -> torch.Tensor | None:
     return rows if part == "weight" else None
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path) -> frozenset[str] | None:
     """Compare every tensor of a checkpoint folder with its config, from the headers alone.
 
-    Raises `CheckpointError` naming a missing, extra or misshapen tensor, a missing or broken file,
-    or a count that does not fit. A folder without any weights passes: `--load-format dummy` needs
-    none, and every other load format says itself that it found none.
+    Returns the names of the tensors that are not the model's own. Raises `CheckpointError` naming a
+    missing, extra or misshapen tensor, a missing or broken file, or a count that does not fit. A
+    folder without any weights passes, as None: `--load-format dummy` needs none, and every other
+    load format says itself that it found none.
     """
-    if _holds_weights(path):
-        Checkpoint.open(path)
+    return Checkpoint.open(path).carried_names if _holds_weights(path) else None
 
 
 def check_hub_model(
@@ -297,14 +297,16 @@ def check_hub_model(
     structure: MoeStructure,
     quantization: CameraQuantizationConfig,
     found: Shapes,
-) -> None:
+) -> frozenset[str] | None:
     """Like `check_folder` for a model on the hub; `found`: the shapes its headers state.
 
     An empty `found` passes: the hub could not be asked, and loading itself counts what arrives.
     """
-    if found:
-        wanted = checkpoint_shapes(config, structure, quantization)
-        check_shapes(found, wanted, structure, Path(model))
+    if not found:
+        return None
+    wanted = checkpoint_shapes(config, structure, quantization)
+    check_shapes(found, wanted, structure, Path(model))
+    return frozenset(found.keys() - wanted.keys())
 
 
 def _holds_weights(path: Path) -> bool:

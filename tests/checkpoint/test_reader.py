@@ -147,7 +147,9 @@ def test_a_tensor_that_only_the_index_knows_is_named(model: Path) -> None:
     data = json.loads(index.read_text())
     data["weight_map"] |= {name: first_shard(model).name for name in ("mtp.fc.weight", "mtp.gone")}
     index.write_text(json.dumps(data))
-    with pytest.raises(CheckpointError, match=rf"{first_shard(model)}: tensor mtp\.gone is missing"):
+    with pytest.raises(
+        CheckpointError, match=rf"{first_shard(model)}: tensor mtp\.gone is missing"
+    ):
         Checkpoint.open(model)
 
 

@@ -62,12 +62,16 @@ class Answer:
 class Result:
     """Answers to the prompts; resident bytes of routed and packed shared experts, first rank.
 
-    error: kind and message, where the job is one to be refused.
+    error: kind and message, where the job is one to be refused; drafts, drafted, accepted: how
+    often tokens were guessed, how many, and how many of them stood, where the job speculates.
     """
 
     answers: list[Answer]
     expert_bytes: int
     error: str = ""
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 def run(jobs: list[Job], folder: Path, ranks: int = 1, **environment: str) -> list[Result]:
@@ -127,6 +131,7 @@ def _serve(job: Job) -> Result:
     _inspect_here(Path(job.model))
     small = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 128}
     small |= {"kv_cache_memory_bytes": 64 * 2**20}
+    small |= {"disable_log_stats": "speculative_config" not in job.arguments}
     engine = LLM(job.model, **{**small, "enforce_eager": True, "dtype": "float32", **job.arguments})
     if job.forgotten:
         engine.apply_model(_forget)
@@ -138,8 +143,9 @@ def _serve(job: Job) -> Result:
         use_tqdm=False,
     )
     expert_bytes = engine.apply_model(_expert_bytes)[0]
+    counts = _draft_counts(engine) if "speculative_config" in job.arguments else {}
     gc.freeze()
-    return Result([_answer(output.outputs[0]) for output in outputs], expert_bytes)
+    return Result([_answer(output.outputs[0]) for output in outputs], expert_bytes, **counts)
 
 
 def _refused(job: Job) -> Result:
@@ -163,6 +169,12 @@ def _forget(model: Any) -> None:
 def _answer(output: Any) -> Answer:
     top = [{str(t): e.logprob for t, e in entries.items()} for entries in output.logprobs]
     return Answer(list(output.token_ids), top)
+
+
+def _draft_counts(engine: Any) -> dict[str, int]:
+    names = {"drafts": "drafts", "drafted": "draft_tokens", "accepted": "accepted_tokens"}
+    found = {metric.name: metric for metric in engine.get_metrics()}
+    return {key: found[f"vllm:spec_decode_num_{name}"].value for key, name in names.items()}
 
 
 def _expert_bytes(model: Any) -> int:

@@ -98,7 +98,7 @@ def layer_of(kind: type[nn.Module]) -> Any:
 
 @pytest.mark.parametrize("prefix", ["model.layers.7.mlp", "model.layers.0.block_sparse_moe"])
 def test_a_layer_that_the_layout_does_not_list_is_named(settings: VllmConfig, prefix: str) -> None:
-    """Draft layers (MTP), or those of another implementation of the model."""
+    """Of another implementation of the model, or when nobody has looked at the checkpoint."""
     with (
         set_current_vllm_config(settings),
         pytest.raises(
