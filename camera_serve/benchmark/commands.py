@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from camera_serve.benchmark.process import VllmError, running, tail
-from camera_serve.benchmark.report import LatencyRun, ServingRun, ThroughputRun, Times
+from camera_serve.benchmark.report import (
+    Drafts,
+    LatencyRun,
+    ServingRun,
+    ThroughputRun,
+    Times,
+)
 from camera_serve.benchmark.server import POLL_SECONDS, Server
 from camera_serve.benchmark.settings import BenchSettings, Load
 
@@ -48,6 +54,7 @@ def bench_serve(
         total_tokens_per_second=found["total_token_throughput"],
         ttft_ms=_times(found, "ttft"),
         tpot_ms=_times(found, "tpot"),
+        drafts=_drafts(found),
     )
 
 
@@ -124,6 +131,14 @@ def _finish(
             server.require_alive()
         raise VllmError(f"vllm bench {mode} ended with code {process.returncode}", tail(log))
     return _Found(json.loads((folder / RESULT).read_text()))
+
+
+def _drafts(found: Mapping[str, Any]) -> Drafts | None:
+    """What the server's /metrics counted during the load, by vLLM's account of it."""
+    if "spec_decode_draft_tokens" not in found:
+        return None
+    tokens, accepted = (found[f"spec_decode_{name}_tokens"] for name in ("draft", "accepted"))
+    return Drafts(tokens=tokens, accepted=accepted)
 
 
 def _times(found: Mapping[str, Any], name: str) -> Times:

@@ -27,8 +27,23 @@ class Times(Settings):
     p99: float
 
 
+class Drafts(Settings):
+    """Tokens that speculative decoding guessed, and how many of them the model took over."""
+
+    tokens: int
+    accepted: int
+
+    @property
+    def accepted_share(self) -> float:
+        """Accepted tokens per guessed one."""
+        return self.accepted / self.tokens
+
+
 class ServingRun(Settings):
-    """One `vllm bench serve`. TTFT: time to the first token; TPOT: per token after it."""
+    """One `vllm bench serve`. TTFT: time to the first token; TPOT: per token after it.
+
+    `drafts` is None where the server guessed nothing.
+    """
 
     model: str
     repeat: int
@@ -39,6 +54,7 @@ class ServingRun(Settings):
     total_tokens_per_second: float
     ttft_ms: Times
     tpot_ms: Times
+    drafts: Drafts | None = None
 
 
 class ServerMemory(Settings):

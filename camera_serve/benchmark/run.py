@@ -104,6 +104,8 @@ class _Runs:
             run = bench_serve(server, path, name, load, repeat, self.settings)
             self.serving.append(run)
             speed = f"{run.output_tokens_per_second:.1f} output tokens/s"
+            if run.drafts:
+                speed += f", {run.drafts.accepted_share:.0%} of drafts accepted"
             self.on_step(f"  vllm bench serve, {load.name}: {speed}")
         memory = ServerMemory(
             model=name,

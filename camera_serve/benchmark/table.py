@@ -14,13 +14,20 @@ SERVING_FIGURES: dict[str, Callable[[ServingRun], float]] = {
 
 
 def serving_table(report: BenchReport) -> Table:
-    """Speed and delays of each model under each load of `vllm bench serve`."""
-    table = _table("vllm bench serve", "load", "model", *SERVING_FIGURES)
+    """Speed and delays of each model under each load of `vllm bench serve`.
+
+    And the share of guessed tokens that were accepted, where a server speculated.
+    """
+    speculated = any(run.drafts for run in report.serving)
+    more = ("drafts accepted",) if speculated else ()
+    table = _table("vllm bench serve", "load", "model", *SERVING_FIGURES, *more)
     for load in report.settings.loads:
         columns = [
             _compared(median(map(figure, report.runs(m.name, load))) for m in report.models)
             for figure in SERVING_FIGURES.values()
         ]
+        if speculated:
+            columns.append([_accepted(report.runs(m.name, load)) for m in report.models])
         for model, *cells in zip(report.models, *columns, strict=True):
             table.add_row(load.name, model.name, *cells)
         table.add_section()
@@ -48,6 +55,11 @@ def model_table(report: BenchReport) -> Table:
     for model, *cells in zip(report.models, *known.values(), strict=True):
         table.add_row(model.name, model.plan or "-", *cells)
     return table
+
+
+def _accepted(runs: Iterable[ServingRun]) -> str:
+    share = median(run.drafts.accepted_share if run.drafts else None for run in runs)
+    return "" if share is None else f"{share:.0%}"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -72,6 +72,8 @@ if mode == "bench serve":
         "total_token_throughput": 3 * speed * at_once,
         **delays,
     }
+    if "accepted" in fake:
+        result |= {"spec_decode_draft_tokens": 30, "spec_decode_accepted_tokens": fake["accepted"]}
     output = Path(flag("--result-dir")) / flag("--result-filename")
 elif mode == "bench throughput":
     result = {"num_requests": int(flag("--num-prompts")), "elapsed_time": 4.0}

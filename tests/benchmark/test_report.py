@@ -12,6 +12,7 @@ from camera_serve.benchmark.environment import Environment
 from camera_serve.benchmark.report import (
     BenchedModel,
     BenchReport,
+    Drafts,
     LatencyRun,
     ServerMemory,
     ServingRun,
@@ -106,6 +107,21 @@ def test_the_serving_table_holds_medians_and_ratios_over_the_first_model(
     ]
     # Nothing was measured at that rate.
     assert rows[4][2:] == rows[5][2:] == ["", "", ""]
+
+
+def test_drafts_have_a_column_where_some_server_speculated(report: BenchReport) -> None:
+    assert "drafts accepted" not in [column.header for column in serving_table(report).columns]
+    # Both are served three times with 16 at once; of the first model nothing is known.
+    accepted = iter((10, 30, 27))
+    serving = [
+        run.model_copy(update={"drafts": Drafts(tokens=40, accepted=next(accepted))})
+        if (run.model, run.load) == ("pruned", LOADS[1])
+        else run
+        for run in report.serving
+    ]
+    table = serving_table(report.model_copy(update={"serving": tuple(serving)}))
+    assert table.columns[-1].header == "drafts accepted"
+    assert [row[-1] for row in _rows(table)] == ["", "", "", "68%", "", ""]
 
 
 def test_the_model_table_shows_what_is_known(report: BenchReport) -> None:

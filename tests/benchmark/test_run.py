@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from camera_serve.benchmark.process import VllmError
-from camera_serve.benchmark.report import Times
+from camera_serve.benchmark.report import Drafts, Times
 from camera_serve.benchmark.run import bench
 from camera_serve.benchmark.settings import BenchSettings, Load
 from camera_serve.errors import CheckpointError
@@ -98,6 +98,25 @@ def test_figures_are_those_that_vllm_wrote(command: Path, tmp_path: Path) -> Non
     # A bare interpreter takes megabytes, and this is its own memory, not the test's.
     assert memory.peak_resident_bytes and 4e6 < memory.peak_resident_bytes < 60e6
     assert report.models[0].weight_bytes == 1000
+
+
+def test_what_became_of_drafts_is_told_where_a_server_speculates(
+    command: Path, tmp_path: Path
+) -> None:
+    models = [
+        fake_vllm.model(tmp_path / "A", speed=20),
+        fake_vllm.model(tmp_path / "B", speed=30, accepted=18),
+        fake_vllm.model(tmp_path / "C", speed=30, accepted=0),
+    ]
+    steps: list[str] = []
+    report = bench(models, BenchSettings(**SERVE_ONLY), on_step=steps.append)
+    drafts = [Drafts(tokens=30, accepted=accepted) for accepted in (18, 0)]
+    assert [run.drafts for run in report.serving] == [None, *drafts]
+    assert [step for step in steps if "bench serve" in step] == [
+        "  vllm bench serve, 2 at once: 40.0 output tokens/s",
+        "  vllm bench serve, 2 at once: 60.0 output tokens/s, 60% of drafts accepted",
+        "  vllm bench serve, 2 at once: 60.0 output tokens/s, 0% of drafts accepted",
+    ]
 
 
 def test_the_environment_is_that_of_the_vllm_processes(command: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`camera-serve bench` with the real `vllm`: the reference MoE against a copy with half removed."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ def test_real_servers_are_measured_and_compared(tmp_path: Path) -> None:
     few = ("--repeats", 1, "--num-prompts", 4, "--input-len", 32, "--output-len", 16)
     loads = ("--modes", "serve", "--concurrency", 1)
     flags = ("--enforce-eager", "--max-num-seqs", 8, "--max-num-batched-tokens", 256)
+    guessing = {"method": "draft_model", "model": str(pruned), "num_speculative_tokens": 2}
+    flags += ("--speculative-config", json.dumps(guessing))
     arguments = ["bench", MODEL, pruned, "-o", output, *few, *loads, "--", *flags]
     result = CliRunner().invoke(main, [str(word) for word in arguments])
     assert result.exit_code == 0, result.output
@@ -37,6 +40,13 @@ def test_real_servers_are_measured_and_compared(tmp_path: Path) -> None:
         answer = served.ttft_ms.mean + 15 * served.tpot_ms.mean
         # One after another, with only the client's own work in between.
         assert 700 * served.seconds < 4 * answer < 1001 * served.seconds
+    # The copy with half removed guesses for both, and hardly ever errs about itself: in bfloat16 a
+    # batch of guesses may round otherwise than one token does.
+    of_the_original, of_itself = (run.drafts for run in report.serving)
+    assert of_the_original and of_itself
+    assert 0.1 < of_the_original.accepted_share < of_itself.accepted_share
+    assert of_itself.accepted_share > 0.9
+    assert "drafts accepted" in result.stdout
     assert all(m.peak_resident_bytes and m.peak_resident_bytes > 500 * MIB for m in report.memory)
     assert report.environment.packages["vllm"].startswith("0.")
     assert "×)" in result.stdout

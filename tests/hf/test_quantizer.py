@@ -13,7 +13,7 @@ from transformers import (
 
 import camera_serve.hf
 from camera_serve.errors import CheckpointError
-from tests import pruning, quantized, tiny_models
+from tests import drafts, pruning, quantized, tiny_models
 
 # Both models sum the same float32 terms in another order; logits have a standard deviation of 4
 # and the layers' rounding errors stay below 1e-4 of that.
@@ -44,6 +44,21 @@ def test_logits_equal_the_original_with_the_same_micro_experts_zeroed(tmp_path, 
     unpruned = logits(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32))
     assert (expected - unpruned).abs().max() > 0.5
     torch.testing.assert_close(logits(model), expected, **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("name", "add"),
+    [("deepseek_v3", drafts.add_deepseek_mtp), ("qwen2_moe", drafts.add_qwen_mtp)],
+)
+def test_layers_that_draft_tokens_and_other_parts_are_left_out(tmp_path, name, add):
+    dense = tiny_models.save(name, tmp_path / "dense")
+    add(dense)
+    kept = pruning.prune(dense, tmp_path / "camera")
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "camera", dtype=torch.float32, output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    torch.testing.assert_close(logits(model), logits(pruning.zeroed(dense, kept)), **FLOAT32)
 
 
 @pytest.mark.parametrize(
