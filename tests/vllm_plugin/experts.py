@@ -11,10 +11,11 @@ from torch.nn import functional
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from camera_serve.checkpoint.format import DENSE_TIERS, CameraQuantizationConfig, Tiers
+from camera_serve.models import describe
 from camera_serve.ragged.packing import pack
 from camera_serve.vllm_plugin.config import CameraConfig
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
-from tests import pruning
+from tests import pruning, tiny_models
 
 SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}
 Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -115,9 +116,11 @@ def moe_config(tp_size: int = 1, tp_rank: int = 0, *, has_bias: bool = False) ->
 def camera_config() -> CameraConfig:
     """The method of a model whose one layer, the first, has one expert."""
     layers = {"model.layers.0.mlp": {"experts": [[1]]}}
-    return CameraConfig(
+    config = CameraConfig(
         CameraQuantizationConfig(bits=(16,), layers=layers, recipe=pruning.RECIPE)  # type: ignore[arg-type]
     )
+    config._structure = describe(tiny_models.build("qwen2_moe").config)
+    return config
 
 
 def make_layer(

@@ -14,10 +14,8 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
 
 from camera_serve.errors import ServingError
-from camera_serve.models import describe
 from camera_serve.vllm_plugin import choice
 from camera_serve.vllm_plugin.refusals import LOAD_FORMATS, refuse_settings
-from tests import tiny_models
 from tests.vllm_plugin.experts import camera_config
 
 TENSOR_BY_TENSOR = {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor"}
@@ -110,7 +108,6 @@ def test_a_layer_that_the_layout_does_not_list_is_named(settings: VllmConfig, pr
 
 def test_a_shared_expert_of_other_layers_is_named(settings: VllmConfig) -> None:
     config = camera_config()
-    config._structure = describe(tiny_models.build("qwen2_moe").config)
     name = "model.layers.0.mlp.shared_expert.gate_proj"
     with (
         set_current_vllm_config(settings),
