@@ -5,7 +5,6 @@ dense model's own. Packed tiers hold random codes: they are there for their spee
 """
 
 import math
-import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,15 +26,15 @@ from camera_serve.checkpoint.format import (
     checkpoint_shapes,
 )
 from camera_serve.checkpoint.reader import read_json
+from camera_serve.checkpoint.workspace import whole_output
 from camera_serve.checkpoint.writer import (
     copy_side_files,
-    publish,
     require_space,
     write_index,
     write_json,
     write_shard,
 )
-from camera_serve.errors import OutputError, RecipeError
+from camera_serve.errors import RecipeError
 from camera_serve.models import MoeStructure, describe
 from camera_serve.models.deepseek import register_deepseek
 from camera_serve.models.families import FAMILIES
@@ -87,24 +86,20 @@ def write_model(
     """Write a dense model, or what `recipe` leaves of it, to a new folder; returns its bytes.
 
     Tokens follow `layer_energies`, so experts with more energy see more of them, unless
-    `balanced`. One layer is in memory at a time. The folder appears by rename.
+    `balanced`. One layer is in memory at a time. `output` appears whole or not at all. Raises
+    `OutputError` when it exists, another run writes it or has begun it, or it cannot be written.
     """
-    if output.exists():
-        raise OutputError(f"{output} exists: choose another name")
     tokenizer, model = _tokenizer(vocab), _describe(shape, layers, vocab, recipe, seed, balanced)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    require_space(output.parent, 2 * sum(math.prod(shape) for shape in model.dense.values()))
-    partial.mkdir(parents=True)
-    total = _write_shards(model, partial)
-    copy_side_files(reference.MODEL, partial)
-    write_json(partial / "tokenizer.json", tokenizer)
-    config = model.config
-    if model.quantization:
-        write_json(partial / MARKER_FILE, MARKER)
-        config = config | model.quantization.config_entries()
-    write_json(partial / "config.json", config)
-    publish(partial, output)
+    with whole_output(output, "bench.shapes") as folder:
+        require_space(output.parent, 2 * sum(math.prod(shape) for shape in model.dense.values()))
+        total = _write_shards(model, folder)
+        copy_side_files(reference.MODEL, folder)
+        write_json(folder / "tokenizer.json", tokenizer)
+        config = model.config
+        if model.quantization:
+            write_json(folder / MARKER_FILE, MARKER)
+            config = config | model.quantization.config_entries()
+        write_json(folder / "config.json", config)
     return total
 
 

@@ -1,19 +1,25 @@
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from bench.shapes import random_model
 from bench.shapes.published import SHAPES, Shape, layer_counts, layer_energies
 from bench.shapes.random_model import write_model
 from camera_serve.checkpoint.experts import read_experts
+from camera_serve.checkpoint.lock import sole_writer
 from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.workspace import Workspace
 from camera_serve.errors import OutputError
 from camera_serve.evaluation.verification import verify
 from camera_serve.models import describe
 from camera_serve.models.deepseek import register_deepseek
 from camera_serve.ragged.layer import RaggedTier, Rows, dense_rows
 from camera_serve.recipe import Calibration, Recipe, TierPlan
+from tests.editing import digest
+from tests.races import in_child
 
 VOCAB = 2600
 SMALL = Shape(
@@ -139,3 +145,47 @@ def test_the_tokenizer_covers_the_vocabulary(dense: Path) -> None:
 def test_an_existing_folder_is_refused(dense: Path) -> None:
     with pytest.raises(OutputError, match="exists"):
         _write(dense)
+
+
+def test_what_others_began_beside_the_output_is_refused_and_untouched(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "begun")
+    workspace.create()
+    workspace.record({"torch": "2"})
+    (tmp_path / "foreign.partial").mkdir()
+    (tmp_path / "foreign.partial" / "mine").write_text("keep")
+    before = digest(tmp_path)
+    with pytest.raises(OutputError, match="holds an interrupted run of compress: continue it"):
+        _write(tmp_path / "begun")
+    with pytest.raises(OutputError, match="was not begun by camera-serve: move it away"):
+        _write(tmp_path / "foreign")
+    with (
+        sole_writer(tmp_path / "busy", "compress"),
+        pytest.raises(OutputError, match="is being written by camera-serve compress"),
+    ):
+        _write(tmp_path / "busy")
+    assert digest(tmp_path) == before
+
+
+def test_others_are_told_who_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(folder: Path, files: object, total: int) -> None:
+        with sole_writer(tmp_path / "out", "compress"):
+            pass
+
+    monkeypatch.setattr(random_model, "write_index", meanwhile)
+    with pytest.raises(OutputError, match=r"is being written by camera-serve bench\.shapes \(pid"):
+        _write(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_is_no_obstacle(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed() -> None:
+        monkeypatch.setattr(random_model, "write_index", lambda *given: os._exit(9))
+        _write(tmp_path / "out")
+
+    child = in_child(killed)
+    child.join()
+    assert child.exitcode == 9 and (tmp_path / "out.partial").exists()
+    assert digest(_write(tmp_path / "out")) == digest(dense)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
