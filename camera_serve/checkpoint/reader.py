@@ -39,7 +39,7 @@ from camera_serve.errors import (
     naming,
 )
 from camera_serve.models import MoeStructure, describe
-from camera_serve.models.deepseek import register_deepseek
+from camera_serve.models.deepseek_config import register_deepseek_config
 from camera_serve.models.families import FAMILIES, MOST
 from camera_serve.models.storage import Index, logical_tensors
 from camera_serve.recipe import describe_errors
@@ -238,7 +238,7 @@ def load_config(path: Path, raw: Mapping[str, Any]) -> PreTrainedConfig:
     raw: what it holds. Raises `UnsupportedModelError` for a model type nobody here knows,
     `CheckpointError` with transformers' reason for a config that it refuses.
     """
-    register_deepseek()
+    register_deepseek_config()
     model_type, layers = raw.get("model_type"), raw.get("num_hidden_layers")
     if not isinstance(model_type, str):
         raise CheckpointError("names no model_type")

@@ -26,6 +26,10 @@ def build_on_meta(config: Config, dtype: torch.dtype | None = None) -> Any:
 
 
 def _build(config: Config, dtype: torch.dtype | None) -> Any:
+    if config.model_type == "deepseek":
+        from camera_serve.models.deepseek import register_deepseek
+
+        register_deepseek()
     with torch.device("meta"):
         return _make(config)(config, **({"dtype": dtype} if dtype else {}))
 

@@ -6,14 +6,12 @@ The MoE layer is Eq. 9-11 of the DeepSeekMoE paper (arXiv 2401.06066); everythin
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, initialization
+from transformers import AutoModel, AutoModelForCausalLM, initialization
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -30,35 +28,8 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 )
 
 from camera_serve.errors import UnsupportedModelError
+from camera_serve.models.deepseek_config import DeepseekConfig, register_deepseek_config
 from camera_serve.models.families import whole
-
-
-@strict
-class DeepseekConfig(LlamaConfig):
-    """The settings of a DeepSeek-MoE-16B `config.json`, under their own names."""
-
-    model_type = "deepseek"
-    attribute_map = {"num_experts": "n_routed_experts"}  # noqa: RUF012
-
-    vocab_size: int = 102400
-    hidden_size: int = 2048
-    intermediate_size: int = 10944
-    moe_intermediate_size: int = 1408
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 16
-    num_key_value_heads: int | None = 16
-    n_routed_experts: int | None = 64
-    n_shared_experts: int | None = 2
-    num_experts_per_tok: int | None = 6
-    moe_layer_freq: int = 1
-    first_k_dense_replace: int = 1
-    norm_topk_prob: bool = False
-    scoring_func: str = "softmax"
-    aux_loss_alpha: float = 0.001
-    seq_aux: bool = True
-    max_position_embeddings: int = 4096
-    bos_token_id: int | None = 100000
-    eos_token_id: int | list[int] | None = 100001
 
 
 class DeepseekMoe(nn.Module):
@@ -160,7 +131,7 @@ def register_deepseek() -> None:
 
     Its checkpoints name expert tensors as Qwen2-MoE's do, so they share that conversion.
     """
-    AutoConfig.register("deepseek", DeepseekConfig, exist_ok=True)
+    register_deepseek_config()
     AutoModel.register(DeepseekConfig, DeepseekModel, exist_ok=True)
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
     conversions: list[Any] = get_checkpoint_conversion_mapping("qwen2_moe")

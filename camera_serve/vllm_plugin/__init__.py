@@ -29,10 +29,10 @@ def register() -> None:
         _logger.warning(problem)
         register_quantization_config("camera")(_refusing(QuantizationConfig, problem))
         return
-    from camera_serve.models.deepseek import register_deepseek
+    from camera_serve.models.deepseek_config import register_deepseek_config
 
     register_quantization_config("camera")(CameraConfig)
-    register_deepseek()
+    register_deepseek_config()
 
 
 def _refusing(base: type, problem: str) -> type:

@@ -1,21 +1,19 @@
-"""The quantization method `camera` of vLLM: which layers are ragged, and who builds them."""
+"""The quantization method `camera` of vLLM: what a checkpoint says, checked against its model.
+
+vLLM imports this in every process, for models that are not ours as well. What builds layers is in
+`methods.py`, which a CAMERA checkpoint imports: vLLM's MoE layers alone take most of a second.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
 from transformers import PreTrainedConfig
-from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    LinearMethodBase,
-    UnquantizedLinearMethod,
-)
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -23,28 +21,17 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from camera_serve.checkpoint.format import LOST, CameraQuantizationConfig
 from camera_serve.checkpoint.reader import load_config, read_json
-from camera_serve.errors import CheckpointError, ServingError, quoted
+from camera_serve.errors import CheckpointError, ServingError, first_line, quoted
 from camera_serve.models import MoeStructure, describe
 from camera_serve.vllm_plugin import contract
-from camera_serve.vllm_plugin.compat import hub_shapes
-from camera_serve.vllm_plugin.drafts import DRAFT_MODEL, draft_layers, why_no_draft
-from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
-from camera_serve.vllm_plugin.loading import TierCounts, check_folder, check_hub_model
-from camera_serve.vllm_plugin.moe import CameraMoEMethod
-from camera_serve.vllm_plugin.packed_shared import (
-    PackedDownMethod,
-    PackedGateUpMethod,
-    PackedSharedExpert,
-)
-from camera_serve.vllm_plugin.refusals import (
-    refuse_method,
-    refuse_overrides,
-    refuse_settings,
-)
-from camera_serve.vllm_plugin.trial import try_layer
+from camera_serve.vllm_plugin.drafts import draft_layers
+from camera_serve.vllm_plugin.loading import check_folder, check_hub_model
+from camera_serve.vllm_plugin.refusals import refuse_method, refuse_overrides
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
+
+    from camera_serve.vllm_plugin.methods import LayerMethods
 
 
 class CameraConfig(QuantizationConfig):
@@ -62,7 +49,6 @@ class CameraConfig(QuantizationConfig):
         self._structure: MoeStructure | None = None
         self._served_names: dict[str, str] = {}
         self._draft_layers: frozenset[str] | None = frozenset()
-        self._half_built: dict[str, PackedSharedExpert] = {}
 
     @classmethod
     def get_name(cls) -> str:
@@ -87,8 +73,13 @@ class CameraConfig(QuantizationConfig):
     def from_config(cls, config: Mapping[str, Any]) -> "CameraConfig":
         """Validate `quantization_config`; raises `CheckpointError` that names the key at fault.
 
-        And `ServingError` where a vLLM newer than the tested ones has changed what this relies on.
+        And `ServingError` where vLLM lacks what this relies on, or a newer one has changed it.
         """
+        try:
+            import_module("camera_serve.vllm_plugin.methods")
+        except Exception as error:  # Whatever a base class may do that nobody has seen yet.
+            problem = contract.refusal(vllm.__version__, [first_line(error)])
+            raise ServingError(problem) from error
         contract.require(vllm.__version__)
         if "layers" not in config:
             raise CheckpointError(LOST)
@@ -126,6 +117,8 @@ class CameraConfig(QuantizationConfig):
             if folder.is_dir():
                 carried = check_folder(folder)
             else:
+                from camera_serve.vllm_plugin.compat import hub_shapes
+
                 found = hub_shapes(model_name, revision)
                 carried = check_hub_model(
                     model_name, hf_config, structure, self.quantization, found
@@ -135,32 +128,9 @@ class CameraConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Ragged methods for routed and shared experts, vLLM's own for all other layers.
 
-        Raises `ServingError` for a MoE layer that neither the layout lists nor drafts tokens: its
-        tensors would be read as if they were dense. And for settings that cannot be honoured; vLLM
-        has none earlier.
+        Raises `ServingError` for layers and settings that cannot be served; vLLM has none earlier.
         """
-        refuse_settings(get_current_vllm_config())
-        prefix = prefix.removeprefix(DRAFT_MODEL)
-        if isinstance(layer, RoutedExperts):
-            moe_prefix = prefix.removesuffix(".experts")
-            stored = self._stored_name(moe_prefix)
-            if stored is None:
-                self._require_draft(moe_prefix)
-                return None
-            return self._experts_method(layer, moe_prefix, stored)
-        if not isinstance(layer, LinearBase):
-            return None
-        module, _, linear = prefix.rpartition(".")
-        served, _, name = module.rpartition(".")
-        stored = self._stored_name(served)
-        if stored and name == self._moe.shared_expert_name:
-            return self._shared_method(stored, module, linear)
-        return UnquantizedLinearMethod()
-
-    @property
-    def _moe(self) -> MoeStructure:
-        assert self._structure is not None, "vLLM builds layers before it has shown their config"
-        return self._structure
+        return self._methods.of(layer, prefix)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Find layers by vLLM's names, which differ from the checkpoint's where a text stack is
@@ -172,51 +142,14 @@ class CameraConfig(QuantizationConfig):
             for served in hf_to_vllm_mapper.apply_list([stored])
         }
 
-    def _stored_name(self, served: str) -> str | None:
-        """The layout's name of what vLLM calls this MoE layer; None for one it does not list."""
-        name = self._served_names.get(served, served)
-        return name if name in self.quantization.layers else None
+    @cached_property
+    def _methods(self) -> "LayerMethods":
+        from camera_serve.vllm_plugin.methods import LayerMethods
 
-    def _shared_method(self, moe_prefix: str, module: str, linear: str) -> LinearMethodBase:
-        shared = self.quantization.layout(moe_prefix).shared
-        if linear not in ("gate_up_proj", "down_proj"):
-            raise ServingError(
-                f"vLLM builds a shared expert out of {module}.{linear}, wanted gate_up_proj and "
-                "down_proj: start without --model-impl and --model-class-overrides"
-            )
-        if min(self.quantization.bits) < 16:
-            packed = PackedDownMethod if linear == "down_proj" else PackedGateUpMethod
-            return packed(self._packed_shared(shared, module))
-        method = SharedDownMethod if linear == "down_proj" else SharedGateUpMethod
-        return method(shared, module)
-
-    def _packed_shared(self, counts: TierCounts, module: str) -> PackedSharedExpert:
-        """The MLP of a linear layer: made for the first of its two, and the second's as well."""
-        expert = self._half_built.pop(module, None)
-        if expert is None:
-            expert = PackedSharedExpert(counts, self.quantization.tiers, module)
-            self._half_built[module] = expert
-        return expert
-
-    def _require_draft(self, moe_prefix: str) -> None:
-        config, num_layers = get_current_vllm_config(), self._moe.num_layers
-        if reason := why_no_draft(moe_prefix, num_layers, self._draft_layers, config):
-            raise ServingError(
-                f"vLLM builds a MoE layer {moe_prefix!r}, which quantization_config does not list: "
-                f"it has {len(self.quantization.layers)} layers, the first "
-                f"{min(self.quantization.layers)!r}. {reason}"
-            )
-
-    def _experts_method(
-        self, layer: RoutedExperts, moe_prefix: str, stored: str
-    ) -> CameraMoEMethod:
-        if contract.is_untested(vllm.__version__):
-            try_layer(layer.moe_config)
-        layer_number = self._moe.layer_of(stored)
-        assert layer_number is not None, "the layout was compared with the model"
-        name = partial(self._moe.expert_prefix, layer_number)
-        counts = self.quantization.layout(stored).experts
-        return CameraMoEMethod(layer.moe_config, counts, self.quantization.tiers, moe_prefix, name)
+        assert self._structure is not None, "vLLM builds layers before it has shown their config"
+        return LayerMethods(
+            self.quantization, self._structure, self._served_names, self._draft_layers
+        )
 
 
 @contextmanager

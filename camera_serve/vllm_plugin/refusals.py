@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from camera_serve.errors import ServingError
 from camera_serve.models import MoeStructure
@@ -42,6 +41,9 @@ def refuse_settings(config: VllmConfig) -> None:
 
 def refuse_layer(layer: "RoutedExperts", moe_prefix: str, num_experts: int) -> None:
     """Raise `ServingError` for a MoE layer whose math or size is not what the kernels compute."""
+    # Not above: it brings all of vLLM's MoE layers, and this module is imported for every model.
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
     contract.require_attributes(layer, moe_prefix)
     if layer.activation != MoEActivation.SILU:
         raise ServingError(f"{moe_prefix}: activation {layer.activation} is not silu")

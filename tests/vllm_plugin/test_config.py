@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from vllm.transformers_utils.config import get_config
 
 from camera_serve.errors import CheckpointError, ServingError, UnsupportedModelError
-from camera_serve.vllm_plugin import config as plugin
-from camera_serve.vllm_plugin import register
+from camera_serve.vllm_plugin import compat, register
 from camera_serve.vllm_plugin.config import CameraConfig
 from tests import pruning, tiny_models
 from tests.editing import Tensors, edit_config, edit_weights
@@ -214,7 +213,7 @@ def test_a_hub_model_is_checked_by_its_headers(
 ) -> None:
     hf_config = get_config(checkpoint, trust_remote_code=False)
     shapes = {key: tuple(t.shape) for key, t in load_file(checkpoint / WEIGHTS).items()}
-    monkeypatch.setattr(plugin, "hub_shapes", lambda model, revision: shapes)
+    monkeypatch.setattr(compat, "hub_shapes", lambda model, revision: shapes)
     config = CameraConfig.from_config(hf_config.quantization_config)
     config.maybe_update_config("someone/model", hf_config=hf_config, revision=None)
 

@@ -1,5 +1,6 @@
 """Registration with vLLM: repeatable, patches nothing, and leaves other models alone."""
 
+import subprocess
 import sys
 
 import pytest
@@ -29,6 +30,18 @@ def test_deepseek_v1_needs_no_remote_code() -> None:
     register()
     config = AutoConfig.for_model("deepseek", n_routed_experts=8)
     assert config.n_routed_experts == 8
+
+
+def test_a_process_that_serves_another_model_pays_for_no_layers() -> None:
+    script = """
+import sys
+from camera_serve.vllm_plugin import register
+register()
+heavy = ("transformers.models.llama.modeling_llama", "vllm.model_executor.layers.fused_moe")
+print([name for name in heavy if name in sys.modules])
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_vllm_that_is_too_old_refuses_our_checkpoints_only(

@@ -1,0 +1,123 @@
+"""Which method each layer of a CAMERA checkpoint gets from vLLM: who holds and computes experts."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import vllm
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+from camera_serve.checkpoint.format import CameraQuantizationConfig
+from camera_serve.errors import ServingError
+from camera_serve.models import MoeStructure
+from camera_serve.vllm_plugin import contract
+from camera_serve.vllm_plugin.drafts import DRAFT_MODEL, why_no_draft
+from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
+from camera_serve.vllm_plugin.loading import TierCounts
+from camera_serve.vllm_plugin.moe import CameraMoEMethod
+from camera_serve.vllm_plugin.packed_shared import (
+    PackedDownMethod,
+    PackedGateUpMethod,
+    PackedSharedExpert,
+)
+from camera_serve.vllm_plugin.refusals import refuse_settings
+from camera_serve.vllm_plugin.trial import try_layer
+
+
+class LayerMethods:
+    """The methods of one model's layers, by its layout and what its family calls them.
+
+    served_names: the layout's name of each MoE layer by vLLM's, where they differ; stored_drafts:
+    MoE layers for drafts that the checkpoint holds, None if it has no weights.
+    """
+
+    def __init__(
+        self,
+        quantization: CameraQuantizationConfig,
+        structure: MoeStructure,
+        served_names: Mapping[str, str],
+        stored_drafts: frozenset[str] | None,
+    ) -> None:
+        self.quantization = quantization
+        self._structure = structure
+        self._served_names = served_names
+        self._stored_drafts = stored_drafts
+        self._half_built: dict[str, PackedSharedExpert] = {}
+
+    def of(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Ragged methods for routed and shared experts, vLLM's own for all other layers.
+
+        Raises `ServingError` for a MoE layer that neither the layout lists nor drafts tokens: its
+        tensors would be read as if they were dense. And for settings that cannot be honoured; vLLM
+        has none earlier.
+        """
+        refuse_settings(get_current_vllm_config())
+        prefix = prefix.removeprefix(DRAFT_MODEL)
+        if isinstance(layer, RoutedExperts):
+            moe_prefix = prefix.removesuffix(".experts")
+            stored = self._stored_name(moe_prefix)
+            if stored is None:
+                self._require_draft(moe_prefix)
+                return None
+            return self._experts_method(layer, moe_prefix, stored)
+        if not isinstance(layer, LinearBase):
+            return None
+        module, _, linear = prefix.rpartition(".")
+        served, _, name = module.rpartition(".")
+        stored = self._stored_name(served)
+        if stored and name == self._structure.shared_expert_name:
+            return self._shared_method(stored, module, linear)
+        return UnquantizedLinearMethod()
+
+    def _stored_name(self, served: str) -> str | None:
+        """The layout's name of what vLLM calls this MoE layer; None for one it does not list."""
+        name = self._served_names.get(served, served)
+        return name if name in self.quantization.layers else None
+
+    def _shared_method(self, moe_prefix: str, module: str, linear: str) -> LinearMethodBase:
+        shared = self.quantization.layout(moe_prefix).shared
+        if linear not in ("gate_up_proj", "down_proj"):
+            raise ServingError(
+                f"vLLM builds a shared expert out of {module}.{linear}, wanted gate_up_proj and "
+                "down_proj: start without --model-impl and --model-class-overrides"
+            )
+        if min(self.quantization.bits) < 16:
+            packed = PackedDownMethod if linear == "down_proj" else PackedGateUpMethod
+            return packed(self._packed_shared(shared, module))
+        method = SharedDownMethod if linear == "down_proj" else SharedGateUpMethod
+        return method(shared, module)
+
+    def _packed_shared(self, counts: TierCounts, module: str) -> PackedSharedExpert:
+        """The MLP of a linear layer: made for the first of its two, and the second's as well."""
+        expert = self._half_built.pop(module, None)
+        if expert is None:
+            expert = PackedSharedExpert(counts, self.quantization.tiers, module)
+            self._half_built[module] = expert
+        return expert
+
+    def _require_draft(self, moe_prefix: str) -> None:
+        config, num_layers = get_current_vllm_config(), self._structure.num_layers
+        if reason := why_no_draft(moe_prefix, num_layers, self._stored_drafts, config):
+            raise ServingError(
+                f"vLLM builds a MoE layer {moe_prefix!r}, which quantization_config does not list: "
+                f"it has {len(self.quantization.layers)} layers, the first "
+                f"{min(self.quantization.layers)!r}. {reason}"
+            )
+
+    def _experts_method(
+        self, layer: RoutedExperts, moe_prefix: str, stored: str
+    ) -> CameraMoEMethod:
+        if contract.is_untested(vllm.__version__):
+            try_layer(layer.moe_config)
+        number = self._structure.layer_of(stored)
+        assert number is not None, "the layout was compared with the model"
+        name = partial(self._structure.expert_prefix, number)
+        counts = self.quantization.layout(stored).experts
+        return CameraMoEMethod(layer.moe_config, counts, self.quantization.tiers, moe_prefix, name)
