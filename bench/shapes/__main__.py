@@ -13,12 +13,12 @@ from pathlib import Path
 
 from bench.shapes.published import ALIGN, SHAPES
 from bench.shapes.random_model import write_model
-from camera_serve.errors import CameraError
+from camera_serve.errors import CameraError, RecipeError
 from camera_serve.recipe import Calibration, Recipe, TierPlan
 
 
 def main() -> int:
-    """Write a model; a mistake of the user ends with one line."""
+    """Write a model; a mistake of the user ends with one line, and 2 where a flag is wrong."""
     options = _parse_options()
     shape, start = SHAPES[options.shape], time.monotonic()
     try:
@@ -33,7 +33,7 @@ def main() -> int:
         )
     except CameraError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, RecipeError) else 1
     print(f"wrote {options.output}: {written / 1e9:.2f} GB in {time.monotonic() - start:.0f} s")
     return 0
 

@@ -60,7 +60,7 @@ from bench.speed.moe_inputs import Inputs, Routing, inputs_of, work
 from bench.stored import DOCS, put_in_page
 from camera_serve.benchmark.environment import Environment
 from camera_serve.checkpoint.writer import write_json
-from camera_serve.errors import CameraError, KernelError
+from camera_serve.errors import CameraError, KernelError, RecipeError
 from camera_serve.kernels.cpu import isa
 from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier, Rows
 from camera_serve.ragged.layer import ragged_moe as reference_moe
@@ -85,7 +85,10 @@ TimedPlace = tuple[PlaceLimits, list[Cell]]
 
 
 def main() -> int:
-    """Measure and store, or render what is stored; a mistake of the user ends with one line."""
+    """Measure and store, or render what is stored; a mistake of the user ends with one line.
+
+    1, or 2 where a flag is wrong whatever the machine.
+    """
     # vLLM says what it found on the machine whenever it is imported.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     options = _parse_options()
@@ -98,7 +101,7 @@ def main() -> int:
         write_json(options.output, report.model_dump(mode="json"))
     except (CameraError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, RecipeError) else 1
     for table in console_tables(report):
         Console().print(table)
     for note in (*near_limits(report), *notes(report)):
@@ -284,7 +287,7 @@ def time_in_turn(
 def _check_names(plans: Sequence[TierPlan]) -> None:
     names = Counter(name_of(plan) for plan in plans)
     if twice := [name for name, count in names.items() if count > 1]:
-        raise CameraError(f"--plans has several of {twice[0]}: time them in runs of their own")
+        raise RecipeError(f"--plans has several of {twice[0]}: time them in runs of their own")
 
 
 def _check_threads(threads: Sequence[int]) -> None:

@@ -1,5 +1,6 @@
 """`camera-serve bench`: how fast vLLM serves a model and its compressed checkpoints."""
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,15 @@ def _split_modes(ctx: click.Context, option: click.Parameter, text: str) -> tupl
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(MODES)}.")
     return modes
+
+
+def _finite(
+    ctx: click.Context, option: click.Parameter, rates: tuple[float, ...]
+) -> tuple[float, ...]:
+    """Without what any range lets through: `inf`, and `nan`, which is beyond no bound."""
+    if wrong := [rate for rate in rates if not math.isfinite(rate)]:
+        raise click.BadParameter(f"{wrong[0]} is no rate.")
+    return rates
 
 
 @click.command(
@@ -77,6 +87,7 @@ def _split_modes(ctx: click.Context, option: click.Parameter, text: str) -> tupl
     "request_rates",
     type=click.FloatRange(min=0, min_open=True),
     multiple=True,
+    callback=_finite,
     help="Requests per second, at random times; may be given more than once.",
 )
 @click.option(
@@ -131,12 +142,14 @@ def bench(
     from camera_serve.checkpoint.lock import sole_writer
 
     settings = BenchSettings(vllm_flags=ctx.meta[FLAGS_KEY], **flags)
-    _check_output(output, overwrite)
     if plot:
         if "serve" not in settings.modes:
             raise click.UsageError("--plot draws what --modes serve measures: add it.")
+        if plot.absolute() == output.absolute():
+            raise click.UsageError("--plot and --output name one file: give each its own.")
         _check_output(plot, overwrite)
         require_plots()
+    _check_output(output, overwrite)
     with ExitStack() as stack:
         for file in filter(None, (output, plot)):
             stack.enter_context(sole_writer(file, "bench"))

@@ -1,4 +1,8 @@
-"""The one place where a user's mistake becomes a line on stderr and an exit code."""
+"""The one place where a user's mistake becomes a line on stderr and an exit code.
+
+2, with Click's usage line: the command line is wrong, whatever the files and the machine. 1: they
+are not as it takes them to be. 130: interrupted.
+"""
 
 import errno
 import sys
@@ -35,10 +39,15 @@ class FriendlyGroup(click.Group):
     """A group that shows a known failure of any subcommand without a traceback."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Split the command line; raises `Failure` for a name that could not be written down."""
+        """Split the command line; raises `UsageError` for a word that names nothing."""
         for word in args:
             if word.encode(errors="ignore").decode() != word:
-                raise Failure(f"{word!a} is not UTF-8: rename it, as checkpoints and engines want")
+                raise click.UsageError(
+                    f"{word!a} is not UTF-8: rename it, as checkpoints and engines want", ctx
+                )
+        ours = args[: args.index("--")] if "--" in args else args
+        if "" in ours:
+            raise click.UsageError("An argument is empty: is a shell variable unset?", ctx)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:

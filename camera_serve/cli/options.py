@@ -68,11 +68,19 @@ RUN_FLAGS = (
     click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists."),
 )
 
+
+def _with_a_name(ctx: click.Context, option: click.Parameter, path: Path) -> Path:
+    if not path.name:
+        raise click.BadParameter(f"{path} cannot be an output folder: give it a name.")
+    return path
+
+
 output_option = click.option(
     "-o",
     "--output",
     required=True,
     type=click.Path(path_type=Path),
+    callback=_with_a_name,
     help="The folder to write; it must not exist.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

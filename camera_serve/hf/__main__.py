@@ -11,9 +11,13 @@ USAGE = "usage: python -m camera_serve.hf MODULE [ARGUMENT]..., as after `python
 
 
 def main() -> None:
-    """Run the module named first, with the arguments after it."""
+    """Run the module named first, with the arguments after it.
+
+    Ends with code 2 where none is named, as other commands do, and 1 where it is not installed.
+    """
     if len(sys.argv) < 2:
-        sys.exit(USAGE)
+        print(USAGE, file=sys.stderr)
+        sys.exit(2)
     del sys.argv[0]
     if find_spec(sys.argv[0]) is None:
         sys.exit(f"error: {sys.argv[0]} is not installed; {USAGE}")

@@ -232,23 +232,24 @@ def test_a_kernel_that_is_wrong_is_not_timed(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "code"),
     [
-        (["--plans", "16:0.9"], "fractions must sum to 1"),
-        (["--plans", "2:1", "3:0.2,2:0.6,1:0.2"], "--plans has several of 2.25 bits"),
-        (["--threads", "1,4096"], "--threads 4096: this process may use"),
-        (["--memory-limit", "0", "--plans", "16:1"], "raise --memory-limit to 0.0"),
-        (["--docs"], "kernels.json is missing: run `python -m bench.speed.kernels` first"),
+        (["--plans", "16:0.9"], "fractions must sum to 1", 2),
+        (["--plans", "2:1", "3:0.2,2:0.6,1:0.2"], "--plans has several of 2.25 bits", 2),
+        (["--threads", "1,4096"], "--threads 4096: this process may use", 1),
+        (["--memory-limit", "0", "--plans", "16:1"], "raise --memory-limit to 0.0", 1),
+        (["--docs"], "kernels.json is missing: run `python -m bench.speed.kernels` first", 1),
     ],
 )
 def test_a_mistake_is_one_line(
     arguments: list[str],
     message: str,
+    code: int,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(monkeypatch, tmp_path, "--shape", "tiny", *arguments) == 1
+    assert run(monkeypatch, tmp_path, "--shape", "tiny", *arguments) == code
     (error,) = [e for e in capsys.readouterr().err.splitlines() if not e.startswith("kernels:")]
     assert error.startswith("error: ") and message in error
 
