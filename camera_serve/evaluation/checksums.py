@@ -47,18 +47,21 @@ class Checksums:
         return cls(checkpoint.path, weights, side_files)
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes that `check_weights` reads."""
-        files = [self.folder / name for name in self.weights]
+    def num_bytes(self) -> int:
+        """Bytes that `check_side_files` and `check_weights` read."""
+        files = [self.folder / name for name in (*self.weights, *self.side_files)]
         return sum(file.stat().st_size for file in files if file.exists())
 
-    def check_side_files(self) -> None:
-        """Raise `CheckpointError` for the first side file that is another now, or gone."""
+    def check_side_files(self, hashed: Callable[[int], None]) -> None:
+        """Raise `CheckpointError` for the first side file that is another now, or gone.
+
+        hashed: is told the bytes of each part that is done.
+        """
         for name, wanted in self.side_files.items():
-            self._check(name, wanted, REMEDY)
+            self._check(name, wanted, REMEDY, hashed)
 
     def check_weights(self, hashed: Callable[[int], None], hint: str) -> None:
-        """The same for weights; `hashed` is told the bytes of each part that is done."""
+        """The same for weights."""
         for name, wanted in self.weights.items():
             self._check(name, wanted, f"{REMEDY}; {hint}", hashed)
 
@@ -71,9 +74,7 @@ class Checksums:
             return f"; {file.name} is as compress wrote it: give the model it was made from"
         return f"; {file.name} is not the file that compress wrote: {REMEDY}"
 
-    def _check(
-        self, name: str, wanted: str, remedy: str, hashed: Callable[[int], None] = lambda _: None
-    ) -> None:
+    def _check(self, name: str, wanted: str, remedy: str, hashed: Callable[[int], None]) -> None:
         file = self.folder / name
         try:
             found = sha256_of(file, hashed)

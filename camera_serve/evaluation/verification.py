@@ -95,17 +95,19 @@ def verify(
     checkpoint = Checkpoint.open(path)
     original = _open_original(checkpoint, against) if against else None
     checksums = Checksums.of(checkpoint)
-    checksums.check_side_files()
     bits = checkpoint.quantization.bits if checkpoint.quantization else (16,)
-    total = _bytes_to_read(checkpoint, original, bits) + checksums.weight_bytes
+    total = _bytes_to_read(checkpoint, original, bits) + checksums.num_bytes
     report = Reporter(total, torch.device("cpu"), on_progress, "bytes")
+    report("verify", 0)
+    hashed = partial(report.advance, "verify checksums")
+    checksums.check_side_files(hashed)
     try:
         layers = _read_tensors(checkpoint, original, bits, report)
     except _TensorError as error:
         raise CheckpointError(f"{error}{checksums.verdict(error.file)}") from error
     finally:
         checkpoint.release()
-    checksums.check_weights(partial(report.advance, "verify checksums"), _which_tensor(against))
+    checksums.check_weights(hashed, _which_tensor(against))
     return Verification(
         path=path,
         against=against,
@@ -151,19 +153,20 @@ def _read_tensors(
     checkpoint: Checkpoint, original: Checkpoint | None, bits: tuple[int, ...], report: Reporter
 ) -> list[LayerVerification]:
     """Read all weights, and compare with the original's what both have in 16 bits."""
-    report.advance("verify tensors", 0)
     for name in sorted(checkpoint.entries.keys() - checkpoint.expert_names):
         tensor = checkpoint.get(name)
         if original:
             _check_equal(checkpoint, original, name, tensor)
-    outside = checkpoint.total_bytes - checkpoint.expert_bytes
-    report.advance("verify tensors", 2 * outside if original else outside)
+        report.advance("verify tensors", tensor.nbytes * (2 if original else 1))
     layers = []
     for layer in checkpoint.structure.moe_layers:
         read = _expert_bytes(checkpoint, layer)
-        if not original or min(bits) < 16:
-            _read_layer(checkpoint, layer)
-        if original and max(bits) == 16:
+        compares = original is not None and max(bits) == 16
+        for name in _names(checkpoint, layer):
+            # What is compared is read there.
+            if not (compares and name.endswith(".weight")):
+                checkpoint.get(name)
+        if original and compares:
             compared = _verify_layer(checkpoint, original, layer)
             layers += [compared] if min(bits) == 16 else []
             read += _expert_bytes(original, layer)
@@ -241,11 +244,6 @@ def _names(checkpoint: Checkpoint, layer: int) -> list[str]:
     """Every expert tensor of a layer."""
     prefix = f"{checkpoint.structure.moe_prefix(layer)}."
     return sorted(name for name in checkpoint.expert_names if name.startswith(prefix))
-
-
-def _read_layer(checkpoint: Checkpoint, layer: int) -> None:
-    for name in _names(checkpoint, layer):
-        checkpoint.get(name)
 
 
 def _verify_layer(checkpoint: Checkpoint, original: Checkpoint, layer: int) -> LayerVerification:

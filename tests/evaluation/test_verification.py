@@ -12,8 +12,10 @@ from camera_serve.converters.dense import convert_to_dense
 from safetensors.torch import load_file, save_file
 
 from camera_serve.checkpoint import writer
+from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.checkpoint.report import REPORT_FILE
 from camera_serve.errors import CheckpointError
+from camera_serve.evaluation import checksums
 from camera_serve.evaluation.verification import verify
 from camera_serve.progress import Progress
 from tests import drafts, pruning, quantized, tiny_models
@@ -245,12 +247,52 @@ def test_progress_counts_bytes_of_both_and_of_hashing(
         assert done == sorted(done)
         assert (done[0], done[-1]) == (0, reports[0].total)
         hashed = [r for r in reports if r.step == "verify checksums"]
-        files = [file.stat().st_size for file in path.glob("*.safetensors")]
+        noted = checksums.Checksums.of(Checkpoint.open(path))
+        files = [(path / f).stat().st_size for f in (*noted.weights, *noted.side_files)]
         parts = sum(-(-size // 50_000) for size in files)
-        assert len(hashed) == (parts if found.num_checksums else 0)
-        if hashed:
-            assert hashed[-1].done - (hashed[0].done - 50_000) >= sum(files) - 50_000
-            assert all(report.eta is not None for report in hashed)
+        assert len(hashed) == parts and bool(parts) == bool(found.num_checksums)
+        assert all(report.eta is not None for report in hashed)
+
+
+@pytest.mark.parametrize("original", ["alone", "against the original"])
+@pytest.mark.parametrize("plan", ["16:1", "16:0.6,0:0.4", "16:0.4,2:0.4,0:0.2", "3:0.5,1:0.5"])
+def test_progress_stands_where_reading_and_hashing_stand(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: str, original: str
+) -> None:
+    """At every report, `done` is what was read and hashed by then; at the last one, the total."""
+    quantized.compress(dense, tmp_path / "out", plan)
+    monkeypatch.setattr(writer, "BYTES_AT_ONCE", 50_000)
+    worked = 0
+    get, hash_of = Checkpoint.get, checksums.sha256_of
+
+    def counting_get(self: Checkpoint, name: str) -> torch.Tensor:
+        nonlocal worked
+        worked += self.entries[name].num_bytes
+        return get(self, name)
+
+    def counting_hash(file: Path, hashed: Callable[[int], None]) -> str:
+        def count(num_bytes: int) -> None:
+            nonlocal worked
+            worked += num_bytes
+            hashed(num_bytes)
+
+        return hash_of(file, count)
+
+    monkeypatch.setattr(Checkpoint, "get", counting_get)
+    monkeypatch.setattr(checksums, "sha256_of", counting_hash)
+    stood: list[tuple[int, int]] = []
+    totals: list[int] = []
+
+    def note(progress: Progress) -> None:
+        stood.append((progress.done, worked))
+        totals.append(progress.total)
+
+    verify(tmp_path / "out", None if original == "alone" else dense, on_progress=note)
+    assert [done for done, _ in stood] == [actual for _, actual in stood]
+    assert set(totals) == {worked}
+    side_files = checksums.Checksums.of(Checkpoint.open(tmp_path / "out")).side_files
+    hashed = sum((tmp_path / "out" / name).stat().st_size for name in side_files)
+    assert stood[0] == (0, 0) and worked > hashed > 0
 
 
 @pytest.fixture(scope="module")
