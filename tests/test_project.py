@@ -1,6 +1,7 @@
 """Rules of the project that no other tool checks: who imports whom, and how long functions are."""
 
 import ast
+import re
 import statistics
 import tomllib
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 import camera_serve
 
@@ -132,6 +134,17 @@ def test_the_wheel_installs_every_package_under_one_name() -> None:
         "camera_serve.converters",
         *(".".join(folder.parts) for folder in folders),
     }
+
+
+def test_what_is_not_yet_released_has_a_version_of_its_own() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    newest, *_ = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = re.findall(r"^## ([\d.]+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    version = Version(settings["version"])
+    if newest == "Not yet released":
+        assert version.is_devrelease and version > Version(released[0])
+    else:
+        assert version == Version(newest)
 
 
 def function_lengths() -> Iterator[tuple[int, str]]:
