@@ -84,9 +84,10 @@ def shared_expert(shape: Shape, device: torch.device) -> SharedExpertMeter:
 def camera_energies(
     tier: RaggedTier[torch.Tensor], shared: SharedExpertMeter, batch: Tokens, rounds: int
 ) -> torch.Tensor:
-    """Energies of all routed micro-experts as `analyze` measures them, the shared ones beside.
+    """Energies of all routed micro-experts as `compress` measures them, the shared ones beside.
 
-    rounds: how often the batch is looked at.
+    No down projection, as in the other way: `analyze`, which changes nothing, takes the same sums
+    while the layer makes its output. rounds: how often the batch is looked at.
     """
     meter = RoutedExpertsMeter(tier, batch.x.device)
     for _ in range(rounds):
