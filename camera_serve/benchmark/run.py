@@ -19,7 +19,8 @@ from camera_serve.benchmark.report import (
 from camera_serve.benchmark.server import Server, served
 from camera_serve.benchmark.settings import BenchSettings
 from camera_serve.checkpoint.format import CameraQuantizationConfig
-from camera_serve.checkpoint.reader import read_json, resolve
+from camera_serve.checkpoint.hub import origin_of, resolve
+from camera_serve.checkpoint.reader import read_json
 from camera_serve.errors import CheckpointError
 
 LATENCY_VOCABULARY = 10000
@@ -124,8 +125,7 @@ def _describe(models: list[str], paths: list[Path]) -> tuple[BenchedModel, ...]:
         plan, weights = _plan(path), [file.stat().st_size for file in path.glob("*.safetensors")]
         if not weights:
             raise CheckpointError(f"{path} holds no safetensors file")
-        # A hub name is downloaded to a folder that is named by its commit.
-        names.append(path.resolve().name if Path(model).is_dir() else model)
+        names.append(origin_of(path).name if Path(model).is_dir() else model)
         # Folders of one name, or one model twice to see the noise.
         count = names.count(names[-1])
         name = f"{names[-1]} ({count})" if count > 1 else names[-1]

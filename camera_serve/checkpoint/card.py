@@ -13,6 +13,7 @@ INHERITED = ("license", "license_name", "license_link", "language", "pipeline_ta
 BODY = """
 # {name}, compressed with CAMERA
 
+The original is {original}.
 [CAMERA](https://arxiv.org/abs/2508.02322) ranks the micro-experts of every MoE layer by their
 decoding-time energy on calibration text. This checkpoint holds them by rank under the tier plan
 `{plan}` (bits:share, most important first, 0 bits is removal), so every expert has its own widths.
@@ -52,6 +53,7 @@ def model_card(source: Path, report: CompressionReport) -> str:
     calibration = report.recipe.calibration
     body = BODY.format(
         name=report.model.rsplit("/", 1)[-1],
+        original=_original(report),
         plan=report.recipe.plan,
         expert_before=report.expert_bytes_before / 1e9,
         expert_after=report.expert_bytes_after / 1e9,
@@ -65,6 +67,14 @@ def model_card(source: Path, report: CompressionReport) -> str:
         alpha=report.recipe.alpha,
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _original(report: CompressionReport) -> str:
+    if report.revision is None:
+        return f"`{report.model}`"
+    page = f"https://huggingface.co/{report.model}"
+    commit = f"[`{report.revision}`]({page}/tree/{report.revision})"
+    return f"[`{report.model}`]({page}) at commit {commit}"
 
 
 def _what_was_done(report: CompressionReport) -> list[str]:

@@ -24,8 +24,12 @@ WEIGHTS = (
     *("*.gguf", "*.onnx", "*.onnx_data*", "*.tflite", "*.nemo", "*.npy", "*.npz", "*.pkl"),
     *("*.pickle", "*.zip", "*.tar", "*.tar.*", "*.tgz"),
 )
+_ANY_INDEX = "*.index.json"
+_OTHER_INDEX = "*[!s].index.json"
+"""Not `model.safetensors.index.json`, without which nobody knows which files are the model's."""
+
 ABOUT_WEIGHTS = (
-    *("*.index.json", "*.index.*.json", "consolidated*", "params.json", "adapter_*"),
+    *(_ANY_INDEX, "*.index.*.json", "consolidated*", "params.json", "adapter_*"),
     *("*quant*_config.json", "torchao_config.json"),
 )
 """What describes weights of another format: engines that find it look for those weights."""
@@ -41,7 +45,11 @@ HIDDEN = ".*"
 _NEVER = (HIDDEN, *ABOUT_WEIGHTS, *CODE, *FOR_READERS)
 
 NOT_DOWNLOADED = (
-    *(pattern for name in _NEVER for pattern in (name, f"*/{name}")),
+    *(
+        pattern.replace(_ANY_INDEX, _OTHER_INDEX)
+        for name in _NEVER
+        for pattern in (name, f"*/{name}")
+    ),
     # Folders of sentence-transformers start with a number, and their weights belong to the model.
     *(f"[!0-9]{name}" for name in WEIGHTS if name != "*.safetensors"),
 )

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from camera_serve.checkpoint.files import (
     INDEX,
-    NOT_DOWNLOADED,
     is_left_out,
     refuse_pointers,
     side_files,
@@ -214,22 +211,6 @@ class Checkpoint:
         if file not in self._handles:
             self._handles[file] = safe_open(file, framework="pt")
         return self._handles[file]
-
-
-def resolve(model: str) -> Path:
-    """A local folder as it is, anything else as a hub name, downloaded without pickled weights."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"{model} is not a folder with config.json and safetensors files")
-    try:
-        return Path(snapshot_download(model, ignore_patterns=list(NOT_DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
-        raise CheckpointError(
-            f"{model} is neither a local folder nor a model the hub gave us: {reason}"
-        ) from error
 
 
 def load_config(path: Path, raw: Mapping[str, Any]) -> PreTrainedConfig:

@@ -38,11 +38,13 @@ class CompressionReport(Settings):
 
     `sha256` is of each file that an engine reads, in hexadecimal: weights, config.json, tokenizer.
     Reports of older versions have those of weights alone, or none.
-    `skipped` counts what was left out of the calibration text, by why.
+    `revision` is the commit of a `model` of the hub's. `skipped` counts what was left out of the
+    calibration text, by why.
     """
 
     version: Literal[1] = 1
     model: str
+    revision: str | None = None
     recipe: Recipe
     fingerprint: Mapping[str, str]
     expert_bytes_before: Annotated[int, Field(gt=0)]

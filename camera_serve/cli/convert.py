@@ -20,7 +20,7 @@ from camera_serve.errors import quoted
 @output_option
 def convert(model: str, target: str, output: Path) -> None:
     """Write the compressed checkpoint OUT as a checkpoint that any engine loads."""
-    from camera_serve.checkpoint.reader import resolve
+    from camera_serve.checkpoint.hub import resolve
     from camera_serve.converters.dense import convert_to_dense
 
     convert_to_dense(resolve(model), output)

@@ -23,7 +23,7 @@ def inspect(model: str, as_json: bool) -> None:
 
     OUT may be compressed or still dense.
     """
-    from camera_serve.checkpoint.reader import resolve
+    from camera_serve.checkpoint.hub import resolve
     from camera_serve.evaluation.inspection import inspect as inspect_checkpoint
 
     inspection = inspect_checkpoint(resolve(model))

@@ -48,7 +48,7 @@ def verify(
 
     With --json, every dropped micro-expert is listed by its original index.
     """
-    from camera_serve.checkpoint.reader import resolve
+    from camera_serve.checkpoint.hub import resolve
     from camera_serve.evaluation.verification import verify as verify_checkpoint
     from camera_serve.recipe import Calibration
 
@@ -57,12 +57,12 @@ def verify(
     source = sources_of(calibration) if calibration else "none"
     settings = {"source": source, "samples": samples, "seq_len": seq_len}
     text = validated(Calibration, settings)
-    original = resolve(against) if against else None
+    path, original = resolve(model), resolve(against) if against else None
     with shown_progress() as on_progress:
-        verification = verify_checkpoint(resolve(model), original, on_progress=on_progress)
+        verification = verify_checkpoint(path, original, on_progress=on_progress)
     errors: dict[int, float] = {}
     if calibration and original:
-        errors = _output_errors(resolve(model), original, text)
+        errors = _output_errors(path, original, text)
     if as_json:
         output_errors = {"output_errors": errors} if errors else {}
         click.echo(json.dumps(verification.to_json() | output_errors, indent=2))

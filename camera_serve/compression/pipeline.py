@@ -20,8 +20,9 @@ from camera_serve.checkpoint.format import (
     CameraQuantizationConfig,
     LayerCounts,
 )
+from camera_serve.checkpoint.hub import origin_of, resolve
 from camera_serve.checkpoint.lock import sole_writer
-from camera_serve.checkpoint.reader import Checkpoint, read_json, resolve
+from camera_serve.checkpoint.reader import Checkpoint, read_json
 from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport, LayerReport
 from camera_serve.checkpoint.workspace import Workspace, check_output, refuse_overlap
 from camera_serve.checkpoint.writer import (
@@ -87,9 +88,10 @@ def compress(
 ) -> CompressionReport:
     """Compress a MoE model into a checkpoint that `vllm serve` loads.
 
-    model: a local folder or a hub name. The output appears by rename when it is complete; an
-    interrupted run stays in `OUTPUT.partial` and `resume` continues it to the same bytes. One run
-    writes an output at a time; `on_note` is told what `resume` did not find.
+    model: a local folder, or what the hub calls it (`ModelName.parse`). The output appears by
+    rename when it is complete; an interrupted run stays in `OUTPUT.partial` and `resume` continues
+    it to the same bytes. One run writes an output at a time; `on_note` is told what `resume` did
+    not find.
     Raises `CameraError` subclasses for everything a user can set right.
     """
     source = resolve(str(model))
@@ -121,7 +123,7 @@ def compress(
             with run_log(workspace.path / LOG_FILE):
                 logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
                 _compress_layers(run, windows.tokens, reporter)
-                report = _write_rest(run, str(model), print_)
+                report = _write_rest(run, print_)
                 logger.info("expert weights: %.1f%% smaller", 100 * report.saved_of_experts)
         except DamagedWeightsError:
             # The model fails again at the same tensor: there is nothing to resume.
@@ -273,7 +275,7 @@ def _warn_unseen(report: LayerReport) -> None:
         )
 
 
-def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionReport:
+def _write_rest(run: _Run, print_: dict[str, str]) -> CompressionReport:
     """Everything but the layers: the other shards, side files, index, card, config, report last."""
     checkpoint, folder, shards = run.checkpoint, run.workspace.path, run.shards
     num_layers = checkpoint.structure.num_layers
@@ -290,7 +292,7 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
     copy_side_files(checkpoint.path, folder)
     files = {shards.file_name(shard): held for shard, held in enumerate(names)}
     by_file = {file: sha256[shard] for shard, file in enumerate(files)}
-    report = _report(run, model, print_, results)
+    report = _report(run, print_, results)
     write_index(folder, files, report.total_bytes_after)
     write_text(folder / RECIPE_FILE, run.recipe.dump())
     write_text(folder / "README.md", model_card(checkpoint.path, report))
@@ -308,13 +310,13 @@ def _write_rest(run: _Run, model: str, print_: dict[str, str]) -> CompressionRep
     return report
 
 
-def _report(
-    run: _Run, model: str, print_: dict[str, str], results: list[LayerResult]
-) -> CompressionReport:
+def _report(run: _Run, print_: dict[str, str], results: list[LayerResult]) -> CompressionReport:
+    origin = origin_of(run.checkpoint.path)
     before, after = run.checkpoint, sum(result.expert_bytes for result in results)
     stored = sum(before.entries[name].num_bytes for shard in run.shards.shards for name in shard)
     return CompressionReport(
-        model=model if not Path(model).is_dir() else Path(model).resolve().name,
+        model=origin.name,
+        revision=origin.revision,
         recipe=run.recipe,
         fingerprint=print_,
         skipped=run.skipped,

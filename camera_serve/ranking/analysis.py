@@ -9,7 +9,8 @@ from pydantic import Field
 
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.calibration.text import windows_for
-from camera_serve.checkpoint.reader import Checkpoint, resolve
+from camera_serve.checkpoint.hub import origin_of, resolve
+from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.checkpoint.workspace import check_output, refuse_overlap, whole_output
 from camera_serve.checkpoint.writer import write_json, write_shard
 from camera_serve.progress import OnProgress, Reporter
@@ -45,11 +46,13 @@ class LayerSummary(Settings):
 class AnalysisReport(Settings):
     """The analysis of a whole model, as `camera_analysis.json`.
 
-    `skipped` counts what was left out of the calibration text, by why.
+    `revision` is the commit of a `model` of the hub's. `skipped` counts what was left out of the
+    calibration text, by why.
     """
 
     version: int = 1
     model: str
+    revision: str | None = None
     settings: AnalysisSettings
     skipped: Mapping[str, int] = {}
     layers: tuple[LayerSummary, ...]
@@ -76,13 +79,14 @@ def analyze(
     check_output(output, overwrite=overwrite)
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
-    target = pick_device(device)
+    target, origin = pick_device(device), origin_of(source)
     with whole_output(output, "analyze", overwrite=overwrite) as folder:
         windows = windows_for(checkpoint, settings.calibration)
         stream = ModelStream(checkpoint, target, compute_dtype(settings.dtype, checkpoint.dtype))
         energies = _all_energies(stream, windows.tokens, settings.alpha, on_progress)
         report = AnalysisReport(
-            model=source.resolve().name if Path(model).is_dir() else str(model),
+            model=origin.name,
+            revision=origin.revision,
             settings=settings,
             skipped=windows.skipped,
             layers=tuple(_summary(name, layer) for name, layer in energies.items()),
