@@ -14,7 +14,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from camera_serve.errors import ServingError
-from camera_serve.vllm_plugin import contract
+from camera_serve.vllm_plugin import contract, methods
 from camera_serve.vllm_plugin.config import CameraConfig
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
 from camera_serve.vllm_plugin.trial import try_layer
@@ -46,6 +46,9 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, object], None]:
         monkeypatch.setattr(owner, last, value)
 
     return put
+
+
+assert methods  # Imported before anything is patched: it would keep what it finds.
 
 
 def changed(self: object, novel: object) -> None:
