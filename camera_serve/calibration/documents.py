@@ -425,7 +425,8 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}, row {number}", row
-    except (ArrowException, OSError) as error:
+    # A ValueError is a string that is no UTF-8.
+    except (ArrowException, OSError, ValueError) as error:
         raise CalibrationError(f"{file}: not a parquet file ({first_line(error)})") from error
 
 

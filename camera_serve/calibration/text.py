@@ -30,7 +30,7 @@ WHOLE = 1_500_000
 CHARACTERS_PER_TOKEN = (16, 128, 1024)
 """Text that has more characters a token than the first is drawn in longer blocks."""
 
-LEAST_BLOCKS = 128
+LEAST_BLOCKS = 256
 """Blocks that are drawn at least: of few, those with many tokens would take chances from others."""
 
 BLOCKS_PER_WINDOW = 2

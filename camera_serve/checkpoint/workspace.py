@@ -74,6 +74,16 @@ class Workspace:
         # An older version wrote the fingerprint alone, of parts that mean nothing here.
         return Begun(str(found.get("since", "")), dict(found.get("fingerprint", {})))
 
+    @contextmanager
+    def kept_for_resuming(self) -> Iterator[None]:
+        """Leave the folder when the body fails, but for one without a finished layer."""
+        try:
+            yield
+        except BaseException:
+            if not self._hidden.exists():
+                self.discard()
+            raise
+
     def commit(self, layer: int, result: Mapping[str, object], hidden: torch.Tensor) -> None:
         """Record a finished layer: its result, then the activations that enter the next one."""
         write_json(self._result(layer), dict(result))

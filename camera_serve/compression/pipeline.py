@@ -89,9 +89,9 @@ def compress(
     """Compress a MoE model into a checkpoint that `vllm serve` loads.
 
     model: a local folder, or what the hub calls it (`ModelName.parse`). The output appears by
-    rename when it is complete; an interrupted run stays in `OUTPUT.partial` and `resume` continues
-    it to the same bytes. One run writes an output at a time; `on_note` is told what `resume` did
-    not find.
+    rename when it is complete; the finished layers of an interrupted run stay in `OUTPUT.partial`
+    and `resume` continues it to the same bytes. One run writes an output at a time; `on_note` is
+    told what `resume` did not find.
     Raises `CameraError` subclasses for everything a user can set right.
     """
     source = resolve(str(model))
@@ -115,20 +115,22 @@ def compress(
         goes_on = resume and _continued(workspace, print_, overwrite=overwrite, on_note=on_note)
         if not goes_on:
             workspace.create(overwrite=overwrite)
-            workspace.record(print_)
-        stream = ModelStream(checkpoint, target, dtype)
-        run = _Run(checkpoint, recipe, stream, workspace, ShardPlan(checkpoint), windows.skipped)
-        reporter = Reporter(checkpoint.structure.num_layers, target, on_progress)
-        try:
-            with run_log(workspace.path / LOG_FILE):
-                logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
-                _compress_layers(run, windows.tokens, reporter)
-                report = _write_rest(run, print_)
-                logger.info("expert weights: %.1f%% smaller", 100 * report.saved_of_experts)
-        except DamagedWeightsError:
-            # The model fails again at the same tensor: there is nothing to resume.
-            workspace.discard()
-            raise
+        with workspace.kept_for_resuming():
+            if not goes_on:
+                workspace.record(print_)
+            stream, shards = ModelStream(checkpoint, target, dtype), ShardPlan(checkpoint)
+            run = _Run(checkpoint, recipe, stream, workspace, shards, windows.skipped)
+            reporter = Reporter(checkpoint.structure.num_layers, target, on_progress)
+            try:
+                with run_log(workspace.path / LOG_FILE):
+                    logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
+                    _compress_layers(run, windows.tokens, reporter)
+                    report = _write_rest(run, print_)
+                    logger.info("expert weights: %.1f%% smaller", 100 * report.saved_of_experts)
+            except DamagedWeightsError:
+                # The model fails again at the same tensor: there is nothing to resume.
+                workspace.discard()
+                raise
         workspace.publish(overwrite=overwrite)
     return report
 

@@ -164,7 +164,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "bad", ['{"text" "x"}', "nil", '{"text": "x",}', "[1 2]", '"\\q"', "{1: 2}", '"a\nb"']
+    "bad", ['{"text" "x"}', "nil", '{"text": "x",}', '{"a": [1 2]}', '"\\q"', "{1: 2}", '"a\nb"']
 )
 @pytest.mark.parametrize("form", ["[%s, %s", "%s\n%s"])
 def test_a_malformed_row_is_refused_before_the_rest_is_read(

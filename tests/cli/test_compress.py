@@ -213,6 +213,8 @@ def test_a_real_interrupt_signal_ends_the_process_with_130(
     assert "Traceback" not in rest
     assert rest.splitlines()[-1].startswith("error: interrupted")
     assert not (tmp_path / "out").exists()
+    finished = list(tmp_path.glob("out.partial/.state/layer-*"))
+    assert (tmp_path / "out.partial").exists() == bool(finished)
 
 
 @pytest.mark.parametrize(

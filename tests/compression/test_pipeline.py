@@ -338,11 +338,8 @@ def test_layers_that_an_older_version_finished_get_their_checksums(
 def test_resuming_another_recipe_is_refused_with_the_difference(
     model: Path, tmp_path: Path, text: Path
 ) -> None:
-    def stop(progress: Progress) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        compress(model, tmp_path / "out", recipe(text), on_progress=stop)
+        compress(model, tmp_path / "out", recipe(text), on_progress=stop_after_one)
     with pytest.raises(OutputError, match=r"alpha: then 0\.95, now 0\.5"):
         compress(model, tmp_path / "out", recipe(text, alpha=0.5), resume=True)
     with pytest.raises(OutputError, match="interrupted run of compress: continue it with compress"):

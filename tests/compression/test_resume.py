@@ -6,6 +6,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,57 @@ def test_resuming_nothing_says_that_it_starts_anew(model: Path, text: Path, tmp_
     interrupt(model, tmp_path / "next", recipe(text))
     compress(model, tmp_path / "next", recipe(text), resume=True, on_note=notes.append)
     assert len(notes) == 2
+
+
+UNTIL_A_LAYER_IS_DONE = (
+    "camera_serve.checkpoint.workspace.Workspace.record",
+    "camera_serve.compression.pipeline.ModelStream.__init__",
+    "camera_serve.compression.pipeline.ModelStream.embed",
+    "camera_serve.compression.pipeline.compress_layer",
+    "camera_serve.compression.pipeline.write_shard",
+    "camera_serve.checkpoint.workspace.Workspace.commit",
+)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError, MemoryError])
+@pytest.mark.parametrize("step", UNTIL_A_LAYER_IS_DONE)
+def test_a_run_that_ends_before_a_layer_is_done_leaves_nothing(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    error: type[BaseException],
+) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(step, end)
+        compress(model, tmp_path / "out", recipe(text))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", UNTIL_A_LAYER_IS_DONE[1:])
+def test_a_resumed_run_that_ends_early_leaves_the_layers_that_were_done(
+    model: Path,
+    text: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    interrupt(model, tmp_path / "out", recipe(text))
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(step, end)
+        compress(model, tmp_path / "out", recipe(text), resume=True)
+    seen: list[Progress] = []
+    compress(model, tmp_path / "out", recipe(text), resume=True, on_progress=seen.append)
+    assert {progress.done for progress in seen} <= {1, 2}
+    assert written(tmp_path / "out") == written(undisturbed)
 
 
 def test_an_interrupted_overwrite_resumes_by_the_same_command(
