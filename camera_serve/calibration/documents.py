@@ -142,6 +142,9 @@ class Documents:
         """Data sets by name, and all files; raises `CalibrationError` for one given twice."""
         found: dict[str | Path, str | Path] = {}
         for source in self.settings.sources:
+            if not source:
+                # As a path it would be the folder one is in.
+                raise CalibrationError("calibration source '' names nothing: give a file or folder")
             for one in [source] if source in HUB_SETS else self._files(Path(source)):
                 known = one.resolve() if isinstance(one, Path) else one
                 if known in found:
@@ -155,8 +158,9 @@ class Documents:
     def _files(self, source: Path) -> list[Path]:
         if not source.is_dir():
             if not source.is_file():
+                fault = "is no file" if source.exists() else "does not exist"
                 raise CalibrationError(
-                    f"calibration source {source} does not exist: give {_KINDS}, a folder of such "
+                    f"calibration source {source} {fault}: give {_KINDS}, a folder of such "
                     f"files, or one of the data sets {', '.join(HUB_SETS)}"
                 )
             if kind_of(source) is None:

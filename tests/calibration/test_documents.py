@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import random
 import time
 import tracemalloc
@@ -243,6 +244,17 @@ def test_a_data_set_given_twice_is_refused() -> None:
     settings = Calibration(source=("wikitext2", "wikitext2"))
     with pytest.raises(CalibrationError, match="wikitext2 is given twice"):
         list(Documents(settings, no_chat).pieces(1))
+
+
+@pytest.mark.parametrize(("name", "fault"), [("", "'' names nothing"), ("pipe", "is no file")])
+def test_what_is_no_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fault: str
+) -> None:
+    write(tmp_path / "a.txt", "text")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CalibrationError, match=fault):
+        list(Documents(Calibration(source=name), no_chat).pieces(1))
 
 
 def test_a_source_that_is_missing_is_said_before_any_is_read(tmp_path: Path) -> None:
