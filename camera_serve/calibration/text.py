@@ -27,8 +27,11 @@ logger = logging.getLogger(__name__)
 WHOLE = 1_500_000
 """Characters that are tokenized as one text: a tokenizer takes some 200 bytes for each."""
 
-CHARACTERS_PER_TOKEN = (16, 128, 1024)
+CHARACTERS_PER_TOKEN = (8, 64, 512)
 """Text that has more characters a token than the first is drawn in longer blocks."""
+
+AROUND_A_WINDOW = 2
+"""A window's own part of the text may have that many times the characters a token."""
 
 LEAST_BLOCKS = 256
 """Blocks that are drawn at least: of few, those with many tokens would take chances from others."""
@@ -111,7 +114,7 @@ class _Plan:
     def of(cls, settings: Calibration, ratio: int) -> "_Plan":
         blocks = max(LEAST_BLOCKS, BLOCKS_PER_WINDOW * settings.samples)
         length = max(SHORTEST_BLOCK, ratio * settings.num_tokens // blocks)
-        return cls(length, blocks, math.ceil(ratio * settings.seq_len / length))
+        return cls(length, blocks, math.ceil(AROUND_A_WINDOW * ratio * settings.seq_len / length))
 
     @property
     def enough(self) -> int:
