@@ -23,7 +23,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench import data_flow, stored, summary
-from bench.quality import pruning, quantization
+from bench.quality import drafts, pruning, quantization
 from bench.speed.kernel_report import KernelReport, markdown
 from camera_serve.benchmark.report import BenchReport
 from camera_serve.benchmark.settings import Load
@@ -35,8 +35,15 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT_BENCH = ["--modes", "serve", "--repeats", "1"]
 SHORT_CALIBRATION = ["--samples", "4", "--seq-len", "64"]
+DRAFT = '{"method": "draft_model", "model": "OUT", "num_speculative_tokens": 3}'
 RUN_ELSEWHERE = {
     "vllm serve OUT": "tests/e2e/test_server.py",
+    f"vllm serve MODEL --speculative-config '{DRAFT}'": "tests/e2e/test_drafts.py",
+    f"camera-serve bench MODEL -- --speculative-config '{DRAFT}' --override-generation-config "
+    """'{"temperature": 0}'""": "tests/e2e/test_bench.py",
+    """vllm serve OUT --speculative-config '{"method": "mtp", "num_speculative_tokens": 1}'""": (
+        "tests/e2e/test_drafts.py"
+    ),
     "make setup": ".ci/run",
     "make test": ".ci/run",
     "make format": ".ci/run",
@@ -186,11 +193,13 @@ def test_tables_hold_the_stored_figures() -> None:
     kernels = KernelReport.read(ROOT / "bench" / "results" / "kernels-cpu.json")
     quantized = stored.stored(quantization.RESULTS, quantization.RESULT_VERSION)
     pruned = stored.stored(pruning.RESULTS, pruning.RESULT_VERSION)
+    guessed = stored.stored(drafts.RESULTS, drafts.RESULT_VERSION)
     tables = {
         "summary": (stored.README, summary.render()),
         "quality": (stored.DOCS / "quality.md", pruning.render(pruned)),
         "quantization": (stored.DOCS / "quality.md", quantization.render(quantized)),
         "kernels": (stored.DOCS / "speed.md", markdown(kernels)),
+        "drafts": (stored.DOCS / "serving.md", drafts.render(guessed)),
     }
     for name, (page, table) in tables.items():
         text = page.read_text()
