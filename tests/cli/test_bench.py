@@ -138,7 +138,7 @@ def test_a_bad_setting_is_a_usage_error_that_names_its_flag(
 def test_a_model_that_is_not_there_is_one_line(run: Run, command: Path, tmp_path: Path) -> None:
     result = run("bench", tmp_path / "nothing", "-o", tmp_path / "out.json")
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"error: {tmp_path / 'nothing'} is not a folder")
+    assert result.stderr.startswith(f"error: {tmp_path / 'nothing'} is neither a local folder")
     assert len(result.stderr.splitlines()) == 1
 
 

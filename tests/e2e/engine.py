@@ -5,6 +5,7 @@ building a tiny engine. The engines run eagerly and inside the process unless a 
 with several ranks, each rank is such a process.
 """
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -24,6 +25,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ([5, 9, 200, 31, 7], [17] * 3 + [300, 4, 88, 90, 41, 250], list(range(40, 90)), [3])
 NUM_TOKENS = 8
+SECONDS, SECONDS_PER_JOB, MOST_SECONDS = 300, 60, 1500
+"""How long a process may take to begin, and an engine to answer; less than pytest's own limit."""
+
+SECONDS_TO_WRITE = 2
 Prompts = Sequence[Sequence[int]]
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -83,21 +88,42 @@ def run(jobs: list[Job], folder: Path, ranks: int = 1, **environment: str) -> li
     environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     processes = [_start(folder, rank, environment) for rank in range(ranks)]
     try:
-        # A rank whose peer has ended waits for it for ever.
-        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-            time.sleep(0.1)
+        problem = wait_for(processes, min(SECONDS + SECONDS_PER_JOB * len(jobs), MOST_SECONDS))
     finally:
         for process in processes:
             # Workers outlive an engine that failed.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, _log(folder, rank).read_text()[-6000:]
+            process.wait(SECONDS)
+    logs = [f"rank {rank}:\n{_log(folder, rank).read_text()[-6000:]}" for rank in range(ranks)]
+    assert not problem, "\n".join([problem, *logs])
     return [
         Result(**{**result, "answers": [Answer(**answer) for answer in result["answers"]]})
         for result in json.loads((folder / "results.json").read_text())
     ]
+
+
+def wait_for(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> str:
+    """Wait until all ranks have ended well; what is wrong where one has not, empty otherwise.
+
+    A rank whose peer has ended, or is stuck, waits for it for ever. Where time is up, those that
+    still run write where they are into their logs (`faulthandler`).
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(codes):
+            return f"ranks ended with {codes} (None: it still ran)"
+        if None not in codes:
+            return ""
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    running = [rank for rank, code in enumerate(codes) if code is None]
+    for rank in running:
+        processes[rank].send_signal(signal.SIGUSR1)
+    time.sleep(SECONDS_TO_WRITE)
+    return f"ranks {running} of {len(processes)} still run after {seconds:.0f} s"
 
 
 def _start(folder: Path, rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -238,4 +264,5 @@ def _main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     _main(Path(sys.argv[1]))
