@@ -7,14 +7,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from camera_serve.models import MoeStructure, describe
-from camera_serve.models.deepseek import register_deepseek
+from camera_serve.models.registration import register_models
+from tests import tiny_models
 
 Widths = Callable[[int, int], int]
 """The width an expert keeps, from its number and its original d_ff; shared experts are -1."""
@@ -73,9 +75,9 @@ def prune(dense: Path, output: Path, widths: Widths = hostile, *, seed: int = 0)
 def zeroed(dense: Path, kept: Kept, dtype: torch.dtype = torch.float32) -> nn.Module:
     """transformers' own model of `dense`, every micro-expert that was not kept set to zero."""
     structure = structure_of(dense)
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype, experts_implementation="eager")
+    model = tiny_models.load(dense, dtype=dtype, experts_implementation="eager")
     for layer in structure.moe_layers:
-        moe = model.model.layers[layer].mlp
+        moe: Any = model.get_submodule(structure.moe_module(layer))
         for expert, name, d_ff in _experts(structure, layer):
             gone = torch.ones(d_ff, dtype=torch.bool)
             gone[kept[name]] = False
@@ -87,12 +89,12 @@ def zeroed(dense: Path, kept: Kept, dtype: torch.dtype = torch.float32) -> nn.Mo
             else:
                 moe.experts.gate_up_proj[expert, gone.repeat(2)] = 0
                 moe.experts.down_proj[expert][:, gone] = 0
-    return model.eval()
+    return model
 
 
 def structure_of(checkpoint: Path) -> MoeStructure:
     """The MoE structure config.json describes."""
-    register_deepseek()
+    register_models()
     return describe(AutoConfig.from_pretrained(checkpoint))
 
 

@@ -5,15 +5,16 @@ The bit strings are read as Python integers, so that this can judge packing, ker
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import camera_serve
 from camera_serve import Calibration, Recipe, TierPlan
+from tests import tiny_models
 from tests.pruning import structure_of
 
 
@@ -42,10 +43,11 @@ def dequantized(dense: Path, compressed: Path, dtype: torch.dtype = torch.float3
     tensors: dict[str, torch.Tensor] = {}
     for file in compressed.glob("*.safetensors"):
         tensors |= load_file(file)
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype, experts_implementation="eager")
+    model = tiny_models.load(dense, dtype=dtype, experts_implementation="eager")
     for layer in structure.moe_layers:
         prefix = structure.moe_prefix(layer)
-        counts, moe = config["layers"][prefix], model.model.layers[layer].mlp
+        counts: Any = config["layers"][prefix]
+        moe: Any = model.get_submodule(structure.moe_module(layer))
         for expert, tiers in enumerate(counts["experts"]):
             names = [f"{prefix}.experts.{expert}.{p}" for p in structure.family.projections]
             gate, up, down = (_rows(tensors, n, tiers, config, structure.d_model) for n in names)
@@ -59,7 +61,7 @@ def dequantized(dense: Path, compressed: Path, dtype: torch.dtype = torch.float3
                 rows = _rows(tensors, full, tiers, config, structure.d_model)
                 weight = getattr(mlp, name).weight.zero_()
                 (weight.T if name == "down_proj" else weight)[: len(rows)] = rows
-    return model.eval()
+    return model
 
 
 def _rows(

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
-from camera_serve.models.deepseek import register_deepseek
+from camera_serve.models.families import is_new_enough
+from camera_serve.models.registration import register_models
 
 VOCAB_SIZE = 320
 
@@ -62,6 +69,22 @@ def _yarn(mscale: float) -> dict[str, Any]:
         "mscale_all_dim": mscale,
     }
 
+
+# As published: DeepSeek-V3 with one group of experts, and without a draft layer.
+_KIMI: dict[str, Any] = {
+    **_DEEPSEEK,
+    **_MLA,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_parameters": _yarn(1.0),
+    "q_lora_rank": 32,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "routed_scaling_factor": 1.5,
+    "moe_layer_freq": 1,
+    "num_nextn_predict_layers": 0,
+}
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
@@ -115,24 +138,108 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "moe_layer_freq": 1,
         "num_nextn_predict_layers": 0,
     },
+    "deepseek_v32": {
+        **_DEEPSEEK,
+        **_MLA,
+        "n_shared_experts": 1,
+        "rope_parameters": _yarn(1.0),
+        "q_lora_rank": 32,
+        "routed_scaling_factor": 1.5,
+        "index_head_dim": 64,
+        "index_n_heads": 2,
+        "index_topk": 24,
+        "num_nextn_predict_layers": 1,
+    },
+    "kimi_k2": _KIMI,
+    "kimi_k25": {
+        "text_config": {**_COMMON, **_KIMI, "model_type": "kimi_k2"},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "pos_emb_height": 4,
+            "pos_emb_width": 4,
+        },
+        "projection_hidden_size": 32,
+        "tie_word_embeddings": False,
+    },
+    "glm4_moe": {
+        **_DEEPSEEK,
+        "n_shared_experts": 1,
+        "head_dim": 32,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "routed_scaling_factor": 1.5,
+        "num_nextn_predict_layers": 1,
+    },
+    "glm4_moe_lite": {
+        **_DEEPSEEK,
+        **_MLA,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_parameters": _yarn(1.0),
+        "q_lora_rank": 32,
+        "routed_scaling_factor": 1.8,
+        "num_nextn_predict_layers": 1,
+    },
+    "minimax_m2": {
+        "num_local_experts": 8,
+        "intermediate_size": 64,
+        "head_dim": 32,
+        "rotary_dim": 16,
+    },
 }
 # Standard deviations of the logits these matrices make from a unit-variance input.
 _GAINS = {"gate": 3.0, "router": 3.0, "lm_head": 4.0}
 # transformers 5 would write PhimoeForCausalLM, a name the hub and vLLM do not know.
-_ARCHITECTURES = {"phimoe": "PhiMoEForCausalLM"}
+_ARCHITECTURES = {
+    "phimoe": "PhiMoEForCausalLM",
+    "kimi_k25": "KimiK25ForConditionalGeneration",
+}
+# Settings that transformers writes and published config.json's of the family do not have.
+_UNPUBLISHED = {"minimax_m2": ("partial_rotary_factor", "rope_parameters")}
+# As published; transformers 5 would write what it cannot read itself.
+_RENAMED = {
+    "kimi_k25": (
+        ("language_model.model.blocks.", "language_model.model.layers."),
+        ("model.mm_projector.", "mm_projector."),
+        ("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed."),
+    ),
+}
 
-FAMILIES = tuple(_SETTINGS)
-"""Every supported model type."""
+FAMILIES = tuple(family for family in _SETTINGS if is_new_enough(family))
+"""Every model type that is supported with the installed transformers."""
+
+SAVED_AS_PUBLISHED = tuple(family for family in FAMILIES if family not in _RENAMED)
+"""Those of which transformers gives every tensor the name it has in the published checkpoints."""
+
+
+def settings(family: str) -> dict[str, Any]:
+    """What is set of a family's config."""
+    return _SETTINGS[family] if "text_config" in _SETTINGS[family] else _COMMON | _SETTINGS[family]
 
 
 def build(family: str, *, seed: int = 0, **config_overrides: Any) -> nn.Module:
     """A random float32 model of `family` whose logits are not flat and whose router is decisive."""
-    register_deepseek()
-    settings = {**_COMMON, **_SETTINGS[family], **config_overrides}
-    config = AutoConfig.for_model(family, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    register_models()
+    config = AutoConfig.for_model(family, **{**settings(family), **config_overrides})
+    model = _auto_class(config).from_config(config, dtype=torch.float32)
     _fill(model, torch.Generator().manual_seed(seed))
     return model.eval()
+
+
+def load(path: Path, **arguments: Any) -> nn.Module:
+    """The whole model of a checkpoint, by transformers' Auto class that makes it."""
+    register_models()
+    return _auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, **arguments).eval()
+
+
+def _auto_class(config: Any) -> Any:
+    # A model that sees pictures as well; AutoModelForCausalLM makes its text part, or nothing.
+    seeing = config.get_text_config() is not config
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
 
 
 def save(
@@ -151,7 +258,14 @@ def save(
     """
     model = build(family, seed=seed, **config_overrides).to(dtype)
     logging.disable_progress_bar()
-    model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=original_format)
+    model.save_pretrained(
+        path,
+        state_dict={**model.state_dict(), **_draft_layer(model, seed)},
+        max_shard_size=max_shard_size,
+        save_original_format=original_format,
+    )
+    if original_format:
+        _rename(path, _RENAMED.get(family, ()))
     _write_config(model, family, path / "config.json")
     tokenizer().save_pretrained(path)
     return path
@@ -209,7 +323,36 @@ def _weights_and_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]
             yield name, buffer
 
 
+def _draft_layer(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """The layer past the last one that predicts tokens ahead: published, and not in the model."""
+    text = model.config.get_text_config()
+    if not getattr(text, "num_nextn_predict_layers", 0):
+        return {}
+    last, draft = (f"model.layers.{text.num_hidden_layers - n}." for n in (1, 0))
+    layer = {draft + n.removeprefix(last): t for n, t in model.state_dict().items() if last in n}
+    norm = torch.ones_like(model.state_dict()["model.norm.weight"])
+    layer |= {f"{draft}{name}.weight": norm for name in ("enorm", "hnorm", "shared_head.norm")}
+    layer[f"{draft}eh_proj.weight"] = norm.repeat(len(norm), 2)
+    generator = torch.Generator().manual_seed(seed + 1)
+    return {n: torch.randn(t.shape, generator=generator).to(t.dtype) for n, t in layer.items()}
+
+
+def _rename(path: Path, renames: tuple[tuple[str, str], ...]) -> None:
+    for file in path.glob("*.safetensors") if renames else ():
+        tensors = load_file(file)
+        for old, new in renames:
+            tensors = {
+                new + n.removeprefix(old) if n.startswith(old) else n: t for n, t in tensors.items()
+            }
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
 def _write_config(model: nn.Module, family: str, path: Path) -> None:
     config = json.loads(path.read_text())
     config["architectures"] = [_ARCHITECTURES.get(family, type(model).__name__)]
+    config["model_type"] = family
+    config = {k: v for k, v in config.items() if k not in _UNPUBLISHED.get(family, ())}
+    if "text_config" in config:
+        # transformers would write the type it reads this one as.
+        config["text_config"]["model_type"] = _SETTINGS[family]["text_config"]["model_type"]
     path.write_text(json.dumps(config, indent=2) + "\n")

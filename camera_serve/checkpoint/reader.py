@@ -36,8 +36,8 @@ from camera_serve.errors import (
     naming,
 )
 from camera_serve.models import MoeStructure, describe
-from camera_serve.models.deepseek_config import register_deepseek_config
-from camera_serve.models.families import FAMILIES, MOST
+from camera_serve.models.families import FAMILIES, MOST, require_transformers
+from camera_serve.models.registration import register_configs
 from camera_serve.models.storage import Index, logical_tensors
 from camera_serve.recipe import describe_errors
 
@@ -219,13 +219,12 @@ def load_config(path: Path, raw: Mapping[str, Any]) -> PreTrainedConfig:
     raw: what it holds. Raises `UnsupportedModelError` for a model type nobody here knows,
     `CheckpointError` with transformers' reason for a config that it refuses.
     """
-    register_deepseek_config()
-    model_type, layers = raw.get("model_type"), raw.get("num_hidden_layers")
+    register_configs()
+    model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError("names no model_type")
-    # transformers would list them all.
-    if isinstance(layers, int) and layers > MOST:
-        raise CheckpointError(f"num_hidden_layers is {layers}: wanted 1 to {MOST}")
+    _refuse_countless_layers(raw)
+    require_transformers(model_type)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers checks few settings: the rest fails in its code.
@@ -234,6 +233,16 @@ def load_config(path: Path, raw: Mapping[str, Any]) -> PreTrainedConfig:
         raise UnsupportedModelError(
             f"model type {model_type!r} is not understood: {first_line(error)}"
         ) from error
+
+
+def _refuse_countless_layers(raw: Mapping[str, Any]) -> None:
+    """Of the text model or of a part beside it: transformers would list, or make, them all."""
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int | float) and layers > MOST:
+        raise CheckpointError(f"num_hidden_layers is {layers}: wanted 1 to {MOST}")
+    for value in raw.values():
+        if isinstance(value, dict):
+            _refuse_countless_layers(value)
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
@@ -376,7 +385,9 @@ def _may_be_there(name: str, structure: MoeStructure) -> bool:
         return True
     layer = structure.layer_number(name)
     past_the_end = layer is not None and layer >= structure.num_layers
-    return past_the_end or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+    tied = structure.to_hf_name(name) == "lm_head.weight"
+    elsewhere = name.startswith(structure.family.elsewhere)
+    return past_the_end or elsewhere or tied or name.endswith("rotary_emb.inv_freq")
 
 
 def _is_marked(path: Path) -> bool:

@@ -133,9 +133,13 @@ def serving_config(
     serving engines know, and settings they do not assume are spelled out.
     """
     family = checkpoint.structure.family
-    config = dict(family.spelled_out) | checkpoint.raw_config
-    dropped = ("auto_map", "quantization_config", "transformers_weights")
+    config = _without_code(checkpoint.raw_config)
+    dropped = ("quantization_config", "transformers_weights")
     config = {key: value for key, value in config.items() if key not in dropped}
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = dict(family.spelled_out) | text
+    else:
+        config = dict(family.spelled_out) | config
     config["architectures"] = [family.architectures[0]]
     return config | (quantization.config_entries() if quantization else {})
 

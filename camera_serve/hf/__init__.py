@@ -11,7 +11,7 @@ try:
     from transformers.quantizers.base import HfQuantizer
 
     from camera_serve.hf.quantizer import CameraHfConfig, CameraHfQuantizer
-    from camera_serve.models.deepseek import register_deepseek
+    from camera_serve.models.registration import register_models
 except ImportError as error:
     if not is_missing_from_transformers(error):
         raise
@@ -28,7 +28,7 @@ def register() -> None:
     Raises `LibraryError` for a transformers that calls quantizers in another way.
     """
     check_overrides(CameraHfQuantizer, HfQuantizer)
-    register_deepseek()
+    register_models()
     if "camera" not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config("camera")(CameraHfConfig)
         register_quantizer("camera")(CameraHfQuantizer)

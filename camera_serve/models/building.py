@@ -31,7 +31,7 @@ def _build(config: Config, dtype: torch.dtype | None) -> Any:
 
         register_deepseek()
     with torch.device("meta"):
-        return _make(config)(config, **({"dtype": dtype} if dtype else {}))
+        return _make(config)(_own_config(config), **({"dtype": dtype} if dtype else {}))
 
 
 def _make(config: Config) -> Callable[..., Any]:
@@ -39,24 +39,38 @@ def _make(config: Config) -> Callable[..., Any]:
 
     `AutoModelForCausalLM` makes the text part alone of a model that sees pictures as well.
     """
-    family = FAMILIES.get(config.model_type)
-    for name in family.architectures if family else ():
-        if model_class := getattr(transformers, name, None):
-            return model_class._from_config
+    if model_class := _own_class(config):
+        return model_class._from_config
     return AutoModelForCausalLM.from_config
+
+
+def _own_class(config: Config) -> Any:
+    """transformers' class of a family's whole model; None for one that is not transformers' own."""
+    family = FAMILIES.get(config.model_type)
+    names = family.architectures if family else ()
+    return next((found for name in names if (found := getattr(transformers, name, None))), None)
+
+
+def _own_config(config: Config) -> Config:
+    """The config as its model reads it: vLLM reads some families' with the class of another."""
+    model_class = _own_class(config)
+    if model_class is None or isinstance(config, model_class.config_class):
+        return config
+    return model_class.config_class.from_dict(config.to_dict())
 
 
 def _setting_at_fault(config: Config) -> str:
     """` with KEY = VALUE` for the first setting whose default builds; empty when none does."""
-    small, defaults = copy.deepcopy(config), type(config)()
-    small.num_hidden_layers = 1
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers, defaults = 1, vars(type(text)())
     if _builds(small):
         return ""
-    for key, value in vars(small).items():
-        other = copy.copy(small)
-        other.__dict__ = vars(small) | {key: vars(defaults).get(key)}
-        if _builds(other):
+    for key, value in list(vars(text).items()):
+        vars(text)[key] = defaults.get(key)
+        if _builds(small):
             return f" with {key} = {value!r:.100}"
+        vars(text)[key] = value
     return ""
 
 

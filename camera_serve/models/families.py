@@ -9,7 +9,10 @@ is never reimplemented: transformers runs the router, and the experts see its ch
 from dataclasses import dataclass
 from typing import Any
 
-from camera_serve.errors import UnsupportedModelError
+import transformers
+from packaging.version import Version
+
+from camera_serve.errors import TRANSFORMERS_TESTED, LibraryError, UnsupportedModelError
 
 Config = Any
 """A transformers config object: settings are attributes, defaults filled in."""
@@ -35,20 +38,35 @@ class Family:
 
     `architectures`: classes its checkpoints name, the first of them the one we write. `projections`
     are names in the checkpoint; `hf_renames` turns a checkpoint name into the transformers module
-    name, as (old, new) infixes. `top_k_key` is the setting of how many experts a token takes.
-    `understood` lists config settings that change the layer's math, with the values we reproduce
-    exactly. `spelled_out` are settings transformers takes for granted and serving engines do not.
+    name, as (old, new) infixes, and `hf_prefixes` as what names begin with. `top_k_key` is the
+    setting of how many experts a token takes. `understood` lists config settings that change the
+    layer's math, with the values we reproduce exactly. `spelled_out` are settings transformers
+    takes for granted and serving engines do not. `known_as` is the model type transformers has the
+    family under, where that is another one, and `transformers` the oldest version that computes it
+    as published. `elsewhere` are what names of parts beside the text model begin with: such tensors
+    are carried over as they are.
     """
 
     architectures: tuple[str, ...]
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     hf_renames: tuple[tuple[str, str], ...] = ()
+    hf_prefixes: tuple[tuple[str, str], ...] = ()
     top_k_key: str = "num_experts_per_tok"
     understood: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     spelled_out: tuple[tuple[str, Any], ...] = ()
+    known_as: str = ""
+    transformers: str = TRANSFORMERS_TESTED[0]
+    elsewhere: tuple[str, ...] = ()
 
 
 _W123 = ("w1", "w3", "w2")
+_SIGMOID = (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"))
+_DEEPSEEK_V3 = (
+    ("scoring_func", ("sigmoid",)),
+    ("topk_method", ("noaux_tc",)),
+    ("moe_layer_freq", (1,)),
+    ("rope_interleave", (True, None)),
+)
 
 FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(("Qwen2MoeForCausalLM",)),
@@ -75,11 +93,66 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v3": Family(
         ("DeepseekV3ForCausalLM",),
+        understood=_DEEPSEEK_V3,
+        spelled_out=_SIGMOID,
+    ),
+    "deepseek_v32": Family(
+        ("DeepseekV32ForCausalLM",), understood=_DEEPSEEK_V3, spelled_out=_SIGMOID
+    ),
+    "kimi_k2": Family(
+        ("DeepseekV3ForCausalLM",),
+        understood=_DEEPSEEK_V3,
+        spelled_out=_SIGMOID,
+        known_as="deepseek_v3",
+    ),
+    "kimi_k25": Family(
+        ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
+        hf_prefixes=(
+            ("language_model.model.", "model.language_model."),
+            ("language_model.lm_head.", "lm_head."),
+        ),
+        understood=_DEEPSEEK_V3,
+        spelled_out=_SIGMOID,
+        elsewhere=("vision_tower.", "mm_projector.", "model.vision_tower.", "model.mm_projector."),
+    ),
+    "glm4_moe": Family(
+        ("Glm4MoeForCausalLM",),
+        understood=(("scoring_func", ("sigmoid",)), ("topk_method", ("noaux_tc",))),
+    ),
+    # vLLM knows dense layers by `first_k_dense_replace` alone, transformers by `mlp_layer_types`.
+    "glm4_moe_lite": Family(
+        ("Glm4MoeLiteForCausalLM",),
+        understood=(*_DEEPSEEK_V3, ("first_k_dense_replace", (1,))),
+        spelled_out=(("first_k_dense_replace", 1),),
+    ),
+    # Up to 5.17 transformers does not read `rotary_dim` and rotates all of a head.
+    "minimax_m2": Family(
+        ("MiniMaxM2ForCausalLM",),
+        _W123,
+        hf_renames=((".block_sparse_moe.", ".mlp."),),
         understood=(
             ("scoring_func", ("sigmoid",)),
-            ("topk_method", ("noaux_tc",)),
-            ("moe_layer_freq", (1,)),
+            ("use_routing_bias", (True,)),
+            ("attention_bias", (False,)),
+            ("shared_intermediate_size", (0,)),
         ),
-        spelled_out=(("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")),
+        spelled_out=(("scoring_func", "sigmoid"), ("use_routing_bias", True)),
+        transformers="5.18",
     ),
 }
+
+
+def is_new_enough(model_type: str) -> bool:
+    """Whether the installed transformers computes a family as published."""
+    return Version(transformers.__version__) >= Version(FAMILIES[model_type].transformers)
+
+
+def require_transformers(model_type: str) -> None:
+    """Raise `LibraryError` where the installed transformers is too old for a family."""
+    if model_type in FAMILIES and not is_new_enough(model_type):
+        oldest = FAMILIES[model_type].transformers
+        raise LibraryError(
+            f"{model_type} needs transformers {oldest} or newer, and this is "
+            f"{transformers.__version__}, which computes it in another way or not at all: "
+            f"pip install 'transformers>={oldest}'"
+        )

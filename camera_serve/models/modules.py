@@ -7,7 +7,7 @@ under `hidden_act: silu`. So a small copy of the module is run, and compared.
 import copy
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -51,32 +51,22 @@ def find_moe(model: nn.Module, d_model: int) -> MoeModules | None:
     found = list(_experts(model))
     if not found:
         return None
-    (layers_name, _, moe_name, first), moe = found[0], model.get_submodule(found[0][-1])
-    num_experts, d_ff = _sizes(moe.get_submodule("experts"), first, d_model)
-    for stack, _, name, where in found[1:]:
-        sizes = _sizes(model.get_submodule(f"{where}.experts"), where, d_model)
-        if (stack, name, sizes) != (layers_name, moe_name, (num_experts, d_ff)):
+    layers_name, _, moe_name, first = found[0]
+    moe = _block(model.get_submodule(first), first, d_model)
+    for stack, _, name, where in found:
+        other = _block(model.get_submodule(where), where, d_model)
+        if (stack, name, other) != (layers_name, moe_name, moe):
             raise UnsupportedModelError(
-                f"the experts of {where} differ from those of {first} ([number, d_ff] is "
-                f"{list(sizes)} against {[num_experts, d_ff]}): wanted all MoE layers alike"
+                f"{where} ({other}) differs from {first} ({moe}): wanted all MoE layers alike"
             )
-    shared_name, shared_gate_name = _shared(moe, first)
-    # transformers describes models while it builds them, with another default device.
-    with torch.device("cpu"):
-        _try_experts(moe.get_submodule("experts"), first)
-        if shared_name:
-            _try_shared(moe.get_submodule(shared_name), f"{first}.{shared_name}")
-    moe_layers = tuple(layer for _, layer, _, _ in found)
+        # Each, as limits may be set by layer.
+        _try_block(model.get_submodule(where), where, moe.shared_name)
     return MoeModules(
         layers_name,
         _embedding_name(model, layers_name),
-        moe_layers,
+        tuple(layer for _, layer, _, _ in found),
         moe_name,
-        num_experts,
-        d_ff,
-        shared_name,
-        shared_gate_name,
-        _width(moe.get_submodule(shared_name)) if shared_name else 0,
+        **asdict(moe),
     )
 
 
@@ -87,10 +77,11 @@ def layer_stack(model: nn.Module, moe: MoeModules) -> Any:
     AutoModelForCausalLM may make the text part of a larger model alone.
     """
     for name, module in model.named_modules():
-        if f".{name}".endswith(".layers") and isinstance(module, nn.ModuleList):
-            block = getattr(module[moe.moe_layers[0]], moe.moe_name, None)
-            if hasattr(block, "experts"):
-                return model.get_submodule(name.rpartition(".")[0])
+        # What sees pictures has layers as well.
+        layers = module if isinstance(module, nn.ModuleList) else ()
+        blocks = [getattr(layer, moe.moe_name, None) for layer in layers]
+        if f".{name}".endswith(".layers") and any(hasattr(block, "experts") for block in blocks):
+            return model.get_submodule(name.rpartition(".")[0])
     raise UnsupportedModelError(f"{type(model).__name__} has no layers with {moe.moe_name}.experts")
 
 
@@ -100,25 +91,63 @@ def _embedding_name(model: nn.Module, layers_name: str) -> str:
     return next(name for name, module in model.named_modules() if module is embedding)
 
 
+@dataclass(frozen=True)
+class _Block:
+    """What a MoE layer consists of; `MoeModules` says what the fields mean."""
+
+    num_experts: int
+    d_ff: int
+    shared_name: str
+    shared_gate_name: str
+    shared_d_ff: int
+
+    def __str__(self) -> str:
+        shared = f", {self.shared_name} of {self.shared_d_ff}" if self.shared_name else ""
+        return f"{self.num_experts} experts of d_ff {self.d_ff}{shared}"
+
+
+def _block(moe: nn.Module, where: str, d_model: int) -> _Block:
+    sizes = _sizes(moe.get_submodule("experts"), where, d_model)
+    shared, gate = _shared(moe, where)
+    return _Block(*sizes, shared, gate, _width(moe.get_submodule(shared)) if shared else 0)
+
+
+def _try_block(moe: nn.Module, where: str, shared_name: str) -> None:
+    # transformers describes models while it builds them, with another default device.
+    with torch.device("cpu"):
+        _try_experts(moe.get_submodule("experts"), where)
+        if shared_name:
+            _try_shared(moe.get_submodule(shared_name), f"{where}.{shared_name}")
+
+
 def _experts(model: nn.Module) -> Iterator[tuple[str, int, str, str]]:
     """Each MoE block with routed experts: stack, layer, name in the layer, full name."""
     for name, module in model.named_modules():
+        if name.rpartition(".")[2] != "experts" or all(w.ndim != 3 for w in module.parameters()):
+            continue
         match = _EXPERTS.fullmatch(name)
-        if match and any(weight.ndim == 3 for weight in module.parameters()):
-            yield match[1], int(match[2]), match[3], name.rpartition(".")[0]
+        if not match:
+            raise UnsupportedModelError(
+                f"the experts {name} are not in a block of a decoder layer: wanted them under a "
+                "name like model.layers.0.mlp.experts"
+            )
+        yield match[1], int(match[2]), match[3], name.rpartition(".")[0]
 
 
 def _sizes(experts: nn.Module, where: str, d_model: int) -> tuple[int, int]:
     """`num_experts`, `d_ff` of a module `gate_up_proj [E, 2 * d_ff, d_model]`, or transposed."""
     shapes = {name: tuple(weight.shape) for name, weight in experts.named_parameters()}
     if set(shapes) == {"gate_up_proj", "down_proj"}:
-        (count, *both), (_, *down) = shapes["gate_up_proj"], shapes["down_proj"]
-        across = down[::-1] if getattr(experts, "is_transposed", False) else down
-        if sorted(both) == sorted((2 * across[1], across[0])) and across[0] == d_model:
-            return count, across[1]
+        (count, *both), (as_many, *down) = shapes["gate_up_proj"], shapes["down_proj"]
+        if getattr(experts, "is_transposed", False):
+            both, down = both[::-1], down[::-1]
+        d_ff = down[-1]
+        if (as_many, both, down) == (count, [2 * d_ff, d_model], [d_model, d_ff]):
+            return count, d_ff
     raise UnsupportedModelError(
         f"the experts of {where} hold {', '.join(f'{n} {list(s)}' for n, s in shapes.items())}: "
-        "wanted gate_up_proj and down_proj alone, of one width and no bias"
+        "wanted gate_up_proj [number, 2 * d_ff, d_model] and down_proj [number, d_model, d_ff] "
+        "alone, without a bias"
     )
 
 

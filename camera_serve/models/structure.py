@@ -1,13 +1,21 @@
 """The MoE structure of one model: which layers hold experts, how wide, and under which names."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from camera_serve.errors import UnsupportedModelError
 from camera_serve.models.building import build_on_meta
-from camera_serve.models.families import FAMILIES, MOST, Config, Family, whole
+from camera_serve.models.families import (
+    FAMILIES,
+    MOST,
+    Config,
+    Family,
+    require_transformers,
+    whole,
+)
 from camera_serve.models.modules import MoeModules, find_moe
 
 Projection = Literal["gate", "up", "down"]
@@ -118,13 +126,17 @@ class MoeStructure:
         """The transformers parameter name of a checkpoint tensor name."""
         for old, new in self.family.hf_renames:
             name = name.replace(old, new)
-        return name
+        return _with_prefix(name, self.family.hf_prefixes)
 
     def to_checkpoint_name(self, name: str) -> str:
         """The checkpoint tensor name of a transformers parameter name."""
         for old, new in reversed(self.family.hf_renames):
             name = name.replace(new, old)
-        return name
+        return _with_prefix(name, [(new, old) for old, new in self.family.hf_prefixes])
+
+    def moe_module(self, layer: int) -> str:
+        """`model.layers.3.mlp`: the transformers module name of a MoE layer."""
+        return self._moe_module(layer, "").removesuffix(".")
 
     def _moe_module(self, layer: int, part: str) -> str:
         """The transformers name of a part of a MoE layer."""
@@ -136,12 +148,21 @@ class MoeStructure:
         return self.num_experts * self.d_ff + self.shared_d_ff
 
 
+def _with_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
 def describe(config: Config) -> MoeStructure:
     """Find the MoE structure of a transformers config, in transformers' own model of it.
 
     Raises `UnsupportedModelError` naming the architecture or setting that is not understood,
-    `CheckpointError` for a config that transformers builds no model from.
+    `CheckpointError` for a config that transformers builds no model from, `LibraryError` for a
+    transformers that is too old for the family.
     """
+    require_transformers(config.model_type)
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModelError(_unknown_message(config))

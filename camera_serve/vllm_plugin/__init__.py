@@ -29,10 +29,10 @@ def register() -> None:
         _logger.warning(problem)
         register_quantization_config("camera")(_refusing(QuantizationConfig, problem))
         return
-    from camera_serve.models.deepseek_config import register_deepseek_config
+    from camera_serve.models.registration import register_configs
 
     register_quantization_config("camera")(CameraConfig)
-    register_deepseek_config()
+    register_configs()
 
 
 def _refusing(base: type, problem: str) -> type:

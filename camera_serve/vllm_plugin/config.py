@@ -108,6 +108,9 @@ class CameraConfig(QuantizationConfig):
         if hf_config is None:
             raise CheckpointError(f"{model_name} gives vLLM no Hugging Face config.json")
         structure = self._structure = describe(hf_config)
+        # Some of vLLM's models call a MoE layer as transformers does, and not as the checkpoint.
+        layers = structure.moe_layers
+        self._served_names |= {structure.moe_module(n): structure.moe_prefix(n) for n in layers}
         folder = Path(model_name)
         with _remedy(model_name):
             if folder.is_dir():

@@ -39,9 +39,9 @@ def logits(model, tokens=PROMPT):
 
 def test_logits_equal_the_original_with_the_same_micro_experts_zeroed(tmp_path, family):
     dense, compressed, kept = compress(tmp_path, family)
-    model = AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32)
+    model = tiny_models.load(compressed, dtype=torch.float32)
     expected = logits(pruning.zeroed(dense, kept))
-    unpruned = logits(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32))
+    unpruned = logits(tiny_models.load(dense, dtype=torch.float32))
     assert (expected - unpruned).abs().max() > 0.5
     torch.testing.assert_close(logits(model), expected, **FLOAT32)
 
@@ -91,7 +91,7 @@ def test_generation_equals_the_zeroed_model(tmp_path, family):
     tokenizer = AutoTokenizer.from_pretrained(compressed)
     inputs = tokenizer("def main():", return_tensors="pt")
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    model = AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32)
+    model = tiny_models.load(compressed, dtype=torch.float32)
     generated = model.generate(inputs.input_ids, **options)
     expected = pruning.zeroed(dense, kept).generate(inputs.input_ids, **options)
     assert generated.tolist() == expected.tolist()
@@ -108,9 +108,7 @@ def test_generation_equals_the_zeroed_model(tmp_path, family):
 )
 def test_every_weight_has_the_asked_dtype(tmp_path, family, stored, asked):
     dense, compressed, _ = compress(tmp_path, family, dtype=stored)
-    original, model = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=asked) for path in (dense, compressed)
-    )
+    original, model = (tiny_models.load(path, dtype=asked) for path in (dense, compressed))
     # Some versions of transformers keep the routers of some families in float32.
     wanted = {name: p.dtype for name, p in original.named_parameters()}
     found = {name: p.dtype for name, p in model.named_parameters()}
@@ -226,7 +224,7 @@ def test_tensor_parallel_plans_leave_the_experts_whole(tmp_path):
 
 def test_a_model_without_a_head_gives_the_headed_one_s_hidden_states(tmp_path, family):
     dense, compressed, _ = compress(tmp_path, family)
-    headed = AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32)
+    headed = tiny_models.load(compressed, dtype=torch.float32)
     bare, said = AutoModel.from_pretrained(
         compressed, dtype=torch.float32, output_loading_info=True
     )
@@ -234,8 +232,12 @@ def test_a_model_without_a_head_gives_the_headed_one_s_hidden_states(tmp_path, f
         expected = headed(PROMPT, output_hidden_states=True).hidden_states[-1]
         found = bare(PROMPT).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    # The report names the head, as it does for the original, and no expert.
-    assert said == AutoModel.from_pretrained(dense, output_loading_info=True)[1]
+    # The report names the head, as it does for the original, and no expert of the model's layers.
+    wanted = AutoModel.from_pretrained(dense, output_loading_info=True)[1]
+    for report in (said, wanted):
+        names = report["unexpected_keys"]
+        report["unexpected_keys"] = {n for n in names if not n.startswith("model.layers.3.")}
+    assert said == wanted
 
 
 def test_registration_is_repeatable():
@@ -247,9 +249,9 @@ def test_registration_is_repeatable():
 def test_packed_tiers_give_the_model_with_the_weights_they_stand_for(tmp_path, family, plan):
     dense = tiny_models.save(family, tmp_path / "dense", dtype=torch.float32)
     quantized.compress(dense, tmp_path / "camera", plan)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "camera", dtype=torch.float32)
+    model = tiny_models.load(tmp_path / "camera", dtype=torch.float32)
     expected = logits(quantized.dequantized(dense, tmp_path / "camera"))
-    unchanged = logits(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32))
+    unchanged = logits(tiny_models.load(dense, dtype=torch.float32))
     assert (expected - unchanged).abs().max() > 0.5
     torch.testing.assert_close(logits(model), expected, **FLOAT32)
 

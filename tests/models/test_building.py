@@ -25,9 +25,10 @@ def _config(family: str) -> Any:
 )
 def test_the_setting_at_fault_is_named(family: str, key: str, value: Any, reason: str) -> None:
     config = _config(family)
+    text = config.get_text_config()
     if key == "vocab_size":
-        config.pad_token_id = None
-    setattr(config, key, value)
+        text.pad_token_id = None
+    setattr(text, key, value)
     with pytest.raises(CheckpointError) as raised:
         build_on_meta(config)
     assert f"cannot build this model with {key} = " in str(raised.value)

@@ -46,11 +46,14 @@ def test_a_fused_model_holds_the_tensors_of_the_original_format(
     )
     assert len(list(path.glob("*.safetensors"))) > 2
     fused = Checkpoint.open(path)
-    assert fused.entries.keys() == original.entries.keys()
+    beside = original.structure.family.elsewhere
+    text = {name for name in original.entries if not name.startswith(beside)}
+    assert {name for name in fused.entries if not name.startswith(beside)} == text
     assert fused.expert_names == original.expert_names
     assert fused.expert_bytes == original.expert_bytes
     assert fused.total_bytes == original.total_bytes
-    for name, entry in original.entries.items():
+    for name in text:
+        entry = original.entries[name]
         assert (fused.entries[name].shape, fused.entries[name].dtype) == (entry.shape, entry.dtype)
         assert fused.get(name).equal(original.get(name)), name
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from camera_serve import AnalysisSettings, Calibration, analyze
 from camera_serve.calibration.text import calibration_windows
@@ -21,18 +20,16 @@ TEXT = Path(__file__).read_text() * 8
 
 def direct_energies(model: Any, tokens: torch.Tensor, alpha: float) -> dict[str, torch.Tensor]:
     """Eq. 4 and 11 from the definition: every φ of every token and micro-expert, no sums reused."""
-    captured: dict[str, torch.Tensor] = {}
+    captured: dict[str, Any] = {}
     blocks = {n: m for n, m in model.named_modules() if hasattr(m, "experts")}
     for name, block in blocks.items():
-        block.register_forward_pre_hook(
-            lambda _, args, name=name: captured.__setitem__(name, args[0].flatten(0, 1))
+        block.experts.register_forward_pre_hook(
+            lambda _, args, name=name: captured.__setitem__(name, args)
         )
     model(tokens)
     energies = {}
     for name, block in blocks.items():
-        x = captured[name]
-        router = block.gate if hasattr(block, "gate") else block.router
-        _, weights, ids = router(x[None] if "Deepseek" in type(block).__name__ else x)
+        x, ids, weights = captured[name]
         gates = torch.zeros(len(x), block.experts.num_experts, dtype=torch.float64)
         gates.scatter_(1, ids, weights.double())
         per_expert = []
@@ -63,9 +60,7 @@ def test_energies_equal_a_direct_float64_evaluation(family: str, tmp_path: Path)
     analyze(path, tmp_path / "out", AnalysisSettings(calibration=calibration, alpha=0.95))
     found = load_file(tmp_path / "out" / "energies.safetensors")
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float64, experts_implementation="eager"
-    ).eval()
+    model = tiny_models.load(path, dtype=torch.float64, experts_implementation="eager")
     wanted = direct_energies(model, calibration_windows(calibration, path).tokens, alpha=0.95)
     structure = Checkpoint.open(path).structure
     assert {structure.to_checkpoint_name(f"{n}.")[:-1] for n in wanted} <= found.keys()

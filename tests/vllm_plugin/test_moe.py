@@ -1,5 +1,6 @@
 """Routed experts without a server: allocation, vLLM's loading calls, the kernel, refusals."""
 
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -8,15 +9,19 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 
 from camera_serve.checkpoint.format import Tiers
 from camera_serve.errors import CheckpointError, ServingError
 from camera_serve.vllm_plugin import compat
+from camera_serve.vllm_plugin.moe import CameraMoEMethod
 from tests.vllm_plugin.experts import (
     Experts,
+    camera_config,
     loaded_layer,
     make_layer,
     moe_config,
+    name,
     random_experts,
     routed,
 )
@@ -143,6 +148,63 @@ def test_layers_the_kernel_does_not_reproduce_are_refused(
 ) -> None:
     with pytest.raises(ServingError, match=message):
         make_layer(experts, **settings)
+
+
+def build_vllm_s_own(monkeypatch: pytest.MonkeyPatch, experts: Experts, **settings: Any) -> Any:
+    """The whole layer, as vLLM's models build it with these settings."""
+    quantization = camera_config()
+
+    def method(layer: Any, prefix: str) -> CameraMoEMethod:
+        return CameraMoEMethod(
+            layer.moe_config, experts.counts, experts.tiers, "layers.0.mlp", name
+        )
+
+    monkeypatch.setattr(quantization, "get_quant_method", method)
+    return FusedMoEFactory(
+        num_experts=len(experts.counts),
+        top_k=2,
+        hidden_size=D_MODEL,
+        intermediate_size=8,
+        tp_size=1,
+        dp_size=1,
+        pcp_size=1,
+        params_dtype=torch.float32,
+        quant_config=quantization,
+        prefix="layers.0.mlp.experts",
+        **settings,
+    )
+
+
+def test_vllm_s_own_layer_of_plain_swiglu_is_taken(
+    monkeypatch: pytest.MonkeyPatch, experts: Experts
+) -> None:
+    layer = build_vllm_s_own(monkeypatch, experts, scoring_func="sigmoid")
+    assert isinstance(layer.routed_experts.quant_method, CameraMoEMethod)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"swiglu_limit": 7.0}, "swiglu_limit 7.0 is not known"),
+        ({"swiglu_alpha": 1.702}, "swiglu_alpha 1.702 is not known"),
+        ({"swiglu_beta": 1.0}, "swiglu_beta 1.0 is not known"),
+        ({"has_bias": True}, "experts with a bias are not known"),
+        ({"apply_router_weight_on_input": True}, "router weights on the experts' input"),
+        *(
+            ({"activation": activation.value}, f"activation {activation} is not silu")
+            for activation in MoEActivation
+            if activation.is_gated and activation != MoEActivation.SILU
+        ),
+    ],
+)
+def test_vllm_s_own_layer_with_more_than_swiglu_is_refused_by_name(
+    settings: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    experts: Experts,
+) -> None:
+    with pytest.raises(ServingError, match=re.escape(f"layers.0.mlp: {message}")):
+        build_vllm_s_own(monkeypatch, experts, **settings)
 
 
 ROUTING_SETTINGS = (

@@ -1,0 +1,174 @@
+"""Published config.json's of every family: read without their own code, other settings refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from safetensors.torch import load_file
+
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.writer import serving_config
+from camera_serve.errors import LibraryError, UnsupportedModelError
+from camera_serve.models import describe
+from camera_serve.models.families import FAMILIES, is_new_enough, require_transformers
+from tests import pruning, quantized, tiny_models
+from tests.editing import edit_config
+
+OTHER_SETTINGS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"rope_interleave": False, "scoring_func": "softmax"},
+    "deepseek_v32": {"topk_method": "greedy", "moe_layer_freq": 2},
+    "kimi_k2": {"scoring_func": "softmax", "rope_interleave": False},
+    "kimi_k25": {"scoring_func": "softmax", "topk_method": "group_limited_greedy"},
+    "glm4_moe": {"scoring_func": "softmax", "topk_method": "greedy"},
+    "glm4_moe_lite": {"first_k_dense_replace": 2, "moe_layer_freq": 2, "rope_interleave": False},
+    "minimax_m2": {
+        "scoring_func": "softmax",
+        "use_routing_bias": False,
+        "attention_bias": True,
+        "shared_intermediate_size": 64,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [(family, key) for family in OTHER_SETTINGS for key in OTHER_SETTINGS[family]],
+)
+def test_a_setting_that_is_not_reproduced_is_refused_by_name(family: str, key: str) -> None:
+    if family not in tiny_models.FAMILIES:
+        pytest.skip(f"this transformers does not compute {family}")
+    config: Any = tiny_models.build(family).config
+    config.model_type = family
+    describe(config)
+    value = OTHER_SETTINGS[family][key]
+    setattr(config.get_text_config(), key, value)
+    with pytest.raises(UnsupportedModelError, match=f"{family} with {key} = {value!r} is not"):
+        describe(config)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_an_activation_other_than_silu_is_refused_by_name(family: str) -> None:
+    config: Any = tiny_models.build(family).config
+    config.model_type = family
+    config.get_text_config().hidden_act = "gelu"
+    with pytest.raises(UnsupportedModelError, match=f"{family} with hidden_act = 'gelu' is not"):
+        describe(config)
+
+
+def test_a_transformers_that_is_too_old_for_a_family_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.17.9")
+    require_transformers("qwen2_moe")
+    require_transformers("of nobody here")
+    with pytest.raises(
+        LibraryError, match=r"minimax_m2 needs transformers 5\.18 or newer, .*5\.17"
+    ):
+        require_transformers("minimax_m2")
+    monkeypatch.setattr(transformers, "__version__", "5.18.0")
+    require_transformers("minimax_m2")
+
+
+def test_a_checkpoint_is_refused_where_transformers_is_too_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_models.save("qwen2_moe", tmp_path)
+    edit_config(path, lambda config: config.update(model_type="minimax_m2"))
+    monkeypatch.setattr(transformers, "__version__", "5.13.0")
+    with pytest.raises(LibraryError, match=r"config\.json: minimax_m2 needs transformers 5\.18"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.skipif(not is_new_enough("minimax_m2"), reason="this transformers is too old")
+def test_a_part_of_each_head_is_rotated_as_rotary_dim_says(tmp_path: Path) -> None:
+    config = Checkpoint.open(tiny_models.save("minimax_m2", tmp_path)).config
+    assert config.rope_parameters["partial_rotary_factor"] == 0.5
+    assert config.rope_parameters["rope_theta"] == 5e6
+
+
+OF_THEIR_OWN_CODE = ("deepseek_v3", "kimi_k2", "kimi_k25", "minimax_m2")
+
+
+def with_its_own_code(family: str, path: Path) -> Path:
+    """A checkpoint that names code which would be run by those who trust it, and lacks it."""
+    tiny_models.save(family, path)
+    code = {"AutoConfig": "configuration.Config", "AutoModelForCausalLM": "modeling.Model"}
+
+    def name_code(config: dict[str, Any]) -> None:
+        config["auto_map"] = code
+        if "text_config" in config:
+            config["text_config"]["auto_map"] = code
+
+    edit_config(path, name_code)
+    (path / "modeling.py").write_text("raise SystemExit('code of the model was run')")
+    return path
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in OF_THEIR_OWN_CODE if family in tiny_models.FAMILIES]
+)
+def test_published_code_is_neither_run_nor_needed_by_the_output(
+    family: str, tmp_path: Path
+) -> None:
+    dense = with_its_own_code(family, tmp_path / "dense")
+    output = tmp_path / "out"
+    quantized.compress(dense, output, "16:0.5,0:0.5")
+    config = json.loads((output / "config.json").read_text())
+    assert config["model_type"] == family
+    assert config["architectures"] == [FAMILIES[family].architectures[0]]
+    assert not list(output.glob("*.py"))
+    for file in output.glob("*.json"):
+        assert "auto_map" not in file.read_text()
+    tiny_models.load(dense)
+    assert pruning.structure_of(output) == pruning.structure_of(dense)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_what_engines_do_not_assume_stands_where_they_look(family: str, tmp_path: Path) -> None:
+    path = tiny_models.save(family, tmp_path)
+    spelled_out = dict(FAMILIES[family].spelled_out)
+
+    def forget(config: dict[str, Any]) -> None:
+        for settings in (config, config.get("text_config", {})):
+            for key in spelled_out:
+                settings.pop(key, None)
+
+    edit_config(path, forget)
+    written = serving_config(Checkpoint.open(path), None)
+    settings = written.get("text_config", written)
+    assert {key: settings[key] for key in spelled_out} == spelled_out
+    assert settings is written or not spelled_out.keys() & written.keys()
+
+
+DRAFTED = tuple(
+    f for f in tiny_models.FAMILIES if tiny_models.settings(f).get("num_nextn_predict_layers")
+)
+
+
+@pytest.mark.parametrize("family", DRAFTED)
+def test_a_draft_layer_is_carried_over_bit_by_bit(family: str, tmp_path: Path) -> None:
+    dense = tiny_models.save(family, tmp_path / "dense")
+    quantized.compress(dense, tmp_path / "out", "3:0.2,2:0.6,1:0.2")
+    draft = {n: t for n, t in load_file(dense / "model.safetensors").items() if ".layers.3." in n}
+    assert any(".experts.7.down_proj." in name for name in draft)
+    assert any(name.endswith("shared_head.norm.weight") for name in draft)
+    written = Checkpoint.open(tmp_path / "out")
+    found = {name for name in written.entries if ".layers.3." in name}
+    assert found == draft.keys()
+    for name, tensor in draft.items():
+        assert written.get(name).equal(tensor)
+
+
+def test_parts_that_see_are_carried_over_under_their_names(tmp_path: Path) -> None:
+    dense = tiny_models.save("kimi_k25", tmp_path / "dense")
+    quantized.compress(dense, tmp_path / "out", "16:0.5,0:0.5")
+    stored = load_file(dense / "model.safetensors")
+    seeing = {n: t for n, t in stored.items() if n.startswith(("vision_tower.", "mm_projector."))}
+    assert "vision_tower.encoder.blocks.0.wqkv.weight" in seeing
+    written = Checkpoint.open(tmp_path / "out")
+    found = {name for name in written.entries if not name.startswith("language_model.")}
+    assert found == seeing.keys()
+    for name, tensor in seeing.items():
+        assert written.get(name).equal(tensor)
