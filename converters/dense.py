@@ -24,6 +24,7 @@ from camera_serve.checkpoint.writer import (
     write_shard,
 )
 from camera_serve.errors import CheckpointError
+from camera_serve.models.storage import as_published
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.ragged.layer import RaggedLayer, dense_rows
 
@@ -103,7 +104,7 @@ def _dense_experts(checkpoint: Checkpoint, layer: int, shapes: Shapes) -> dict[s
             name = f"{structure.shared_prefix(layer, projection)}.weight"
             rows = _rows(shared, 0, projection, checkpoint.dtype)
             tensors[name] = _padded(rows.T if projection == "down" else rows, shapes[name])
-    return tensors
+    return as_published(tensors, structure, layer)
 
 
 def _rows(

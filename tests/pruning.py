@@ -43,7 +43,7 @@ def prune(dense: Path, output: Path, widths: Widths = hostile, *, seed: int = 0)
     """Write a compressed copy of the checkpoint `dense` with random rows kept, and say which."""
     structure = structure_of(dense)
     generator = torch.Generator().manual_seed(seed)
-    tensors = load_file(dense / "model.safetensors")
+    tensors = single_experts(load_file(dense / "model.safetensors"))
     kept: Kept = {}
     layers = {}
     for layer in structure.moe_layers:
@@ -102,13 +102,29 @@ def _experts(structure: MoeStructure, layer: int) -> list[tuple[int, str, int]]:
     prefix = structure.moe_prefix(layer)
     experts = [(e, f"{prefix}.experts.{e}", structure.d_ff) for e in range(structure.num_experts)]
     if structure.shared_d_ff:
-        shared = f"{prefix}.{structure.modules.shared_name}"
-        experts.append((-1, shared, structure.shared_d_ff))
+        experts.append((-1, structure.shared_expert_prefix(layer), structure.shared_d_ff))
     return experts
 
 
 def _projections(structure: MoeStructure, expert: int) -> tuple[str, str, str]:
     return ("gate_proj", "up_proj", "down_proj") if expert < 0 else structure.family.projections
+
+
+def single_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A tensor for each expert, also where a family's checkpoints have one for all (Granite)."""
+    single: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        prefix, _, part = name.rpartition(".block_sparse_moe.")
+        if part not in ("input_linear.weight", "output_linear.weight"):
+            single[name] = tensor
+            continue
+        for expert, matrix in enumerate(tensor):
+            halves = matrix.chunk(2) if part.startswith("input") else [matrix]
+            names = ("gate_proj", "up_proj") if len(halves) == 2 else ("down_proj",)
+            for projection, half in zip(names, halves, strict=True):
+                full = f"{prefix}.block_sparse_moe.experts.{expert}.{projection}.weight"
+                single[full] = half.contiguous()
+    return single
 
 
 def _cut(

@@ -57,7 +57,7 @@ def dequantized(dense: Path, compressed: Path, dtype: torch.dtype = torch.float3
         for tiers in counts["shared"]:
             mlp = getattr(moe, structure.modules.shared_name)
             for name in ("gate_proj", "up_proj", "down_proj"):
-                full = f"{prefix}.{structure.modules.shared_name}.{name}"
+                full = f"{structure.shared_expert_prefix(layer)}.{name}"
                 rows = _rows(tensors, full, tiers, config, structure.d_model)
                 weight = getattr(mlp, name).weight.zero_()
                 (weight.T if name == "down_proj" else weight)[: len(rows)] = rows

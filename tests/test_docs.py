@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench import data_flow, stored, summary
+from bench import coverage, data_flow, stored, summary
 from bench.quality import drafts, pruning, quantization
 from bench.speed.kernel_report import KernelReport, markdown
 from camera_serve.benchmark.report import BenchReport
@@ -196,6 +196,7 @@ def test_tables_hold_the_stored_figures() -> None:
     guessed = stored.stored(drafts.RESULTS, drafts.RESULT_VERSION)
     tables = {
         "summary": (stored.README, summary.render()),
+        "coverage": (coverage.PAGE, coverage.render()),
         "quality": (stored.DOCS / "quality.md", pruning.render(pruned)),
         "quantization": (stored.DOCS / "quality.md", quantization.render(quantized)),
         "kernels": (stored.DOCS / "speed.md", markdown(kernels)),

@@ -75,7 +75,7 @@ LAYERS = {
         {"gpu"},
         {"quality", "speed"},
         {"shapes", "reference_moe"},
-        {"data_flow"},
+        {"coverage", "data_flow"},
         {"stored"},
         {"reference"},
     ),

@@ -220,11 +220,12 @@ def checkpoint_shapes(
     """
     model = build_on_meta(config)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    not_compared = (*structure.expert_prefixes(), *structure.family.elsewhere)
+    experts, elsewhere = structure.expert_modules(), structure.family.elsewhere
     shapes: Shapes = {}
     for name, tensor in model.state_dict().items():
         on_disk = structure.to_checkpoint_name(name)
-        if name not in tied and not on_disk.startswith(not_compared):
+        compared = name not in tied and not name.startswith(experts)
+        if compared and not on_disk.startswith(elsewhere):
             shapes[on_disk] = tuple(tensor.shape)
     for layer in structure.moe_layers:
         prefix = structure.moe_prefix(layer)

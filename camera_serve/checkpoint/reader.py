@@ -130,8 +130,7 @@ class Checkpoint:
     @cached_property
     def expert_names(self) -> frozenset[str]:
         """Names of all expert tensors, shared experts included."""
-        prefixes = self.structure.expert_prefixes()
-        return frozenset(name for name in self.entries if name.startswith(prefixes))
+        return frozenset(name for name in self.entries if self.structure.is_expert(name))
 
     @cached_property
     def carried_names(self) -> frozenset[str]:
@@ -331,8 +330,8 @@ def logical_entries(
         for entry in stored.values()
         for part in logical_tensors(entry.stored, entry.shape, entry.file, structure)
     ]
-    experts = tuple(f"{structure.moe_prefix(layer)}.experts." for layer in structure.moe_layers)
-    forms = {bool(part.index): part.stored for name, part in found if name.startswith(experts)}
+    experts = (part for name, part in found if structure.is_routed_expert(name))
+    forms = {bool(part.index): part.stored for part in experts}
     if len(forms) == 2:
         raise CheckpointError(
             f"{path} stores experts both as {forms[True]} (fused) and as {forms[False]}: download "

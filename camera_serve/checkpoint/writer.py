@@ -136,10 +136,11 @@ def serving_config(
     config = _without_code(checkpoint.raw_config)
     dropped = ("quantization_config", "transformers_weights")
     config = {key: value for key, value in config.items() if key not in dropped}
+    spelled_out = family.settings_spelled_out(checkpoint.config.get_text_config())
     if isinstance(text := config.get("text_config"), dict):
-        config["text_config"] = dict(family.spelled_out) | text
+        config["text_config"] = spelled_out | text
     else:
-        config = dict(family.spelled_out) | config
+        config = spelled_out | config
     config["architectures"] = [family.architectures[0]]
     return config | (quantization.config_entries() if quantization else {})
 

@@ -60,8 +60,7 @@ class CameraHfQuantizer(HfQuantizer):
         # missing tensors.
         self.checkpoint = Checkpoint.open(Path(checkpoint_files[0]).parent)
         remove_experts(model, self.checkpoint.structure)
-        structure = self.checkpoint.structure
-        ours = [re.escape(structure.to_hf_name(name)) for name in structure.expert_prefixes()]
+        ours = map(re.escape, self.checkpoint.structure.expert_modules())
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | set(ours)
         self._dtypes = {name: param.dtype for name, param in model.named_parameters()}

@@ -40,10 +40,11 @@ class Family:
     are names in the checkpoint; `hf_renames` turns a checkpoint name into the transformers module
     name, as (old, new) infixes, and `hf_prefixes` as what names begin with. `top_k_key` is the
     setting of how many experts a token takes. `understood` lists config settings that change the
-    layer's math, with the values we reproduce exactly. `spelled_out` are settings transformers
-    takes for granted and serving engines do not. `known_as` is the model type transformers has the
-    family under, where that is another one, and `transformers` the oldest version that computes it
-    as published. `elsewhere` are what names of parts beside the text model begin with: such tensors
+    layer's math, with the values we reproduce exactly. `spelled_out` are settings that serving
+    engines ask for and transformers takes for granted, or makes of others: with their value, or the
+    function of a config that gives it. `known_as` is the model type transformers has the family
+    under, where that is another one, and `transformers` the oldest version that computes it as
+    published. `elsewhere` are what names of parts beside the text model begin with: such tensors
     are carried over as they are.
     """
 
@@ -57,6 +58,10 @@ class Family:
     known_as: str = ""
     transformers: str = TRANSFORMERS_TESTED[0]
     elsewhere: tuple[str, ...] = ()
+
+    def settings_spelled_out(self, text: Config) -> dict[str, Any]:
+        """`spelled_out` for the config of a text model, by name."""
+        return {key: value(text) if callable(value) else value for key, value in self.spelled_out}
 
 
 _W123 = ("w1", "w3", "w2")
@@ -138,6 +143,90 @@ FAMILIES: dict[str, Family] = {
         ),
         spelled_out=(("scoring_func", "sigmoid"), ("use_routing_bias", True)),
         transformers="5.18",
+    ),
+    "hy_v3": Family(
+        ("HYV3ForCausalLM",),
+        hf_renames=(
+            (".mlp.router.gate.", ".mlp.gate."),
+            (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
+            (".mlp.shared_mlp.", ".mlp.shared_experts."),
+        ),
+        understood=(("mlp_bias", (False,)), ("attention_bias", (False,))),
+        spelled_out=(
+            ("expert_hidden_dim", lambda text: text.moe_intermediate_size),
+            ("first_k_dense_replace", lambda text: text.mlp_layer_types.count("dense")),
+            ("qk_norm", True),
+            ("route_norm", True),
+        ),
+    ),
+    "ernie4_5_moe": Family(
+        ("Ernie4_5_MoeForCausalLM",),
+        hf_renames=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
+        top_k_key="moe_k",
+        understood=(("use_moe", (True,)), ("moe_norm_min", (1e-12,)), ("use_bias", (False,))),
+    ),
+    # vLLM reads the names of the published config.json, which transformers does not know.
+    "mimo_v2_flash": Family(
+        ("MiMoV2FlashForCausalLM",),
+        hf_renames=((".self_attn.attention_sink_bias", ".self_attn.sinks"),),
+        understood=(("scoring_func", ("sigmoid",)), ("routed_scaling_factor", (1.0, None))),
+        spelled_out=(
+            ("layernorm_epsilon", lambda text: text.rms_norm_eps),
+            ("moe_layer_freq", lambda text: [int(t == "sparse") for t in text.mlp_layer_types]),
+            (
+                "hybrid_layer_pattern",
+                lambda text: [int(t == "sliding_attention") for t in text.layer_types],
+            ),
+            ("sliding_window_size", lambda text: text.sliding_window),
+            ("swa_num_attention_heads", lambda text: text.num_attention_heads),
+            ("swa_num_key_value_heads", lambda text: 2 * text.num_key_value_heads),
+            ("swa_head_dim", lambda text: text.head_dim),
+            ("swa_v_head_dim", lambda text: text.v_head_dim),
+            ("rope_theta", lambda text: text.rope_parameters["full_attention"]["rope_theta"]),
+            (
+                "swa_rope_theta",
+                lambda text: text.rope_parameters["sliding_attention"]["rope_theta"],
+            ),
+            (
+                "partial_rotary_factor",
+                lambda text: text.rope_parameters["full_attention"]["partial_rotary_factor"],
+            ),
+            ("add_swa_attention_sink_bias", True),
+            ("add_full_attention_sink_bias", False),
+        ),
+    ),
+    "laguna": Family(
+        ("LagunaForCausalLM",),
+        hf_renames=(
+            (".mlp.experts.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
+            (".mlp.shared_expert.", ".mlp.shared_experts."),
+        ),
+        understood=(
+            ("moe_apply_router_weight_on_input", (False,)),
+            ("gating", (True, "per-head", "per-element")),
+            ("swa_attention_sink_enabled", (False, None)),
+            ("swa_rope_parameters", (None,)),
+            ("attention_bias", (False,)),
+        ),
+    ),
+    "lfm2_moe": Family(("Lfm2MoeForCausalLM",), _W123),
+    "granitemoe": Family(
+        ("GraniteMoeForCausalLM",),
+        hf_renames=(
+            (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+            (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+            (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
+        ),
+        understood=(("attention_bias", (False,)),),
+    ),
+    "afmoe": Family(
+        ("AfmoeForCausalLM",),
+        spelled_out=(
+            ("score_func", "sigmoid"),
+            ("route_norm", True),
+            ("n_group", 1),
+            ("topk_group", 1),
+        ),
     ),
 }
 

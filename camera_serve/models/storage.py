@@ -8,17 +8,23 @@ the original format, its own module names and all experts of a layer in two tens
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from camera_serve.errors import CheckpointError
-from camera_serve.models.structure import MoeStructure
+from camera_serve.models.structure import MoeStructure, Projection
 
 Shape = tuple[int, ...]
 Index = tuple[int | slice, ...]
 
 _FUSED = re.compile(r"(.+)\.experts\.(gate_up_proj|down_proj)")
+_FUSED_PARTS: dict[str, tuple[Projection, ...]] = {
+    "gate_up_proj": ("gate", "up"),
+    "down_proj": ("down",),
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,9 @@ def logical_tensors(
     Raises `CheckpointError` for fused experts whose shape is not the one config.json implies.
     """
     name = structure.to_checkpoint_name(stored)
-    fused = _FUSED.fullmatch(name)
-    layer = structure.layer_of(fused[1]) if fused else None
+    fused = _FUSED.fullmatch(structure.to_hf_name(name))
+    moe_prefix = structure.to_checkpoint_name(f"{fused[1]}.").removesuffix(".") if fused else ""
+    layer = structure.layer_of(moe_prefix)
     if fused is None or layer is None:
         yield LogicalTensor(name, shape)
         return
@@ -60,3 +67,23 @@ def logical_tensors(
         gate, up = (f"{structure.expert_prefix(layer, expert, p)}.weight" for p in ("gate", "up"))
         yield LogicalTensor(gate, (d_ff, d_model), (expert, slice(0, d_ff)))
         yield LogicalTensor(up, (d_ff, d_model), (expert, slice(d_ff, 2 * d_ff)))
+
+
+def as_published(
+    tensors: Mapping[str, torch.Tensor], structure: MoeStructure, layer: int
+) -> dict[str, torch.Tensor]:
+    """The logical tensors of a layer's experts, as the family's checkpoints store them.
+
+    Fused where those have names of their own for fused experts: no program knows single ones then.
+    """
+    stored, experts = dict(tensors), f"{structure.moe_module(layer)}.experts"
+    for part, projections in _FUSED_PARTS.items():
+        name = structure.to_checkpoint_name(f"{experts}.{part}")
+        if name == f"{structure.moe_prefix(layer)}.experts.{part}":
+            continue
+        names = (
+            [f"{structure.expert_prefix(layer, expert, p)}.weight" for p in projections]
+            for expert in range(structure.num_experts)
+        )
+        stored[name] = torch.stack([torch.cat([stored.pop(n) for n in both]) for both in names])
+    return stored

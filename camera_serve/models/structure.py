@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from camera_serve.errors import UnsupportedModelError
 from camera_serve.models.building import build_on_meta
+from camera_serve.models.coverage import why_not
 from camera_serve.models.families import (
     FAMILIES,
     MOST,
@@ -113,14 +114,25 @@ class MoeStructure:
         """`model.layers.3.mlp.shared_expert.gate_proj`; shared experts never use w1/w2/w3."""
         return f"{self.shared_expert_prefix(layer)}.{projection}_proj"
 
-    def expert_prefixes(self) -> tuple[str, ...]:
-        """Checkpoint prefixes of everything CAMERA compresses: experts and shared experts."""
+    def is_routed_expert(self, name: str) -> bool:
+        """Whether a checkpoint tensor is one of a routed expert: of 7, not of all of them."""
+        layer = self.layer_number(name)
+        if layer not in self.moe_layers:
+            return False
+        return bool(re.match(rf"{re.escape(self.moe_prefix(layer))}\.experts\.\d+\.", name))
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a checkpoint tensor is one of those that CAMERA compresses."""
+        layer = self.layer_number(name)
+        if not self.shared_d_ff or layer not in self.moe_layers:
+            return self.is_routed_expert(name)
+        shared = f"{self.shared_expert_prefix(layer)}."
+        return name.startswith(shared) or self.is_routed_expert(name)
+
+    def expert_modules(self) -> tuple[str, ...]:
+        """`model.layers.3.mlp.experts.`, …: transformers' names of all that CAMERA compresses."""
         parts = ("experts.", f"{self.modules.shared_name}.") if self.shared_d_ff else ("experts.",)
-        return tuple(
-            self.to_checkpoint_name(self._moe_module(layer, part))
-            for layer in self.moe_layers
-            for part in parts
-        )
+        return tuple(self._moe_module(layer, part) for layer in self.moe_layers for part in parts)
 
     def to_hf_name(self, name: str) -> str:
         """The transformers parameter name of a checkpoint tensor name."""
@@ -169,6 +181,7 @@ def describe(config: Config) -> MoeStructure:
     _check_architecture(config, family)
     text = config.get_text_config()
     _check_settings(text, config.model_type, family)
+    _check_spelled_out(text, config.model_type, family)
     num_layers = whole(text, "num_hidden_layers", most=MOST)
     modules = find_moe(build_on_meta(config), whole(text, "hidden_size"))
     if modules is None:
@@ -189,8 +202,8 @@ def describe(config: Config) -> MoeStructure:
 def _unknown_message(config: Config) -> str:
     architectures = ", ".join(map(str, _architectures(config))) or "none named"
     return (
-        f"model type {config.model_type!r} (architectures: {architectures}) is not supported: it "
-        f"is a dense model, or its MoE layer is not understood; supported: {', '.join(FAMILIES)}"
+        f"model type {config.model_type!r} (architectures: {architectures}) is not supported: "
+        f"{why_not(config)}; supported: {', '.join(FAMILIES)}"
     )
 
 
@@ -222,4 +235,14 @@ def _check_settings(text: Config, model_type: str, family: Family) -> None:
             raise UnsupportedModelError(
                 f"{model_type} with {key} = {value!r} is not understood: camera-serve reproduces "
                 f"{key} in {list(values)} only"
+            )
+
+
+def _check_spelled_out(text: Config, model_type: str, family: Family) -> None:
+    for key, ours in family.settings_spelled_out(text).items():
+        value = getattr(text, key, ours)
+        if value != ours:
+            raise UnsupportedModelError(
+                f"{model_type} with {key} = {value!r:.100} is not understood: transformers makes "
+                f"{ours!r:.100} of the other settings"
             )

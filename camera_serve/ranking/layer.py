@@ -1,13 +1,15 @@
 """Running the calibration tokens through one loaded MoE layer: its energies, and its inputs."""
 
 import logging
+from typing import Any
 
 import torch
+from torch import nn
 
-from camera_serve.calibration.attention import without_attention
+from camera_serve.calibration.attention import AddsNothing, without_attention
 from camera_serve.calibration.inputs import InputRecorder
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
-from camera_serve.errors import CalibrationError
+from camera_serve.errors import CalibrationError, UnsupportedModelError
 from camera_serve.ranking.energy import (
     CoefficientSums,
     MeasuredExperts,
@@ -83,7 +85,8 @@ def _energies(
     alpha: float,
 ) -> LayerEnergies:
     assert loaded.experts is not None
-    experts = routed.energies(loaded.experts.down, alpha).cpu()
+    scale = scale_of_routed(loaded, stream.structure.moe_prefix(layer))
+    experts = scale**2 * routed.energies(loaded.experts.down, alpha).cpu()
     shared_energies = torch.empty(0, dtype=torch.float64)
     if shared is not None:
         shared_energies = shared.energies(loaded.shared.down_proj.weight.T, alpha).cpu()
@@ -91,6 +94,34 @@ def _energies(
     return LayerEnergies(
         experts.view(stream.structure.num_experts, -1), shared_energies, routed.tokens.cpu()
     )
+
+
+class _Ones(nn.Module):
+    """Stands in for the routed experts, and adds 1."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
+        """`[num_tokens, d_model]` -> the same shape."""
+        return torch.ones_like(hidden_states)
+
+
+@torch.inference_mode()
+def scale_of_routed(loaded: StreamedLayer, moe_prefix: str) -> float:
+    """What a MoE block multiplies its routed experts' output by: a part of each coefficient.
+
+    Most have it in the routing weights, and give 1 here. Raises `UnsupportedModelError` where the
+    block does more than scale.
+    """
+    assert loaded.experts is not None
+    token = loaded.experts.gate.new_ones(1, 1, loaded.experts.gate.shape[1])
+    with loaded.experts_replaced(_Ones(), AddsNothing()):
+        output = loaded.moe(token)
+    scales = (output[0] if isinstance(output, tuple) else output).unique()
+    if len(scales) != 1:
+        raise UnsupportedModelError(
+            f"{moe_prefix}: transformers does more with the sum of the routed experts than scale "
+            "it: not supported"
+        )
+    return float(scales)
 
 
 def _require_finite(energies: torch.Tensor, stream: ModelStream, layer: int) -> None:

@@ -51,7 +51,16 @@ def _dense(family: str, folder: Path) -> Path:
     if family == "phimoe":
         # vLLM leaves the bias of Phi's head out, in the dense model just the same.
         editing.edit_weights(dense, lambda tensors: tensors["lm_head.bias"].zero_())
+    if family == "ernie4_5_moe":
+        # vLLM's CPU router leaves out a bias of softmax scores, in the dense model just the same.
+        editing.edit_weights(dense, _zero_router_biases)
     return dense
+
+
+def _zero_router_biases(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            tensor.zero_()
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def test_dropped_micro_experts_are_the_ones_not_kept(family: str, tmp_path: Path
         for expert, dropped in enumerate(layer.experts):
             assert dropped == _others(kept[f"{prefix}.experts.{expert}"], structure.d_ff)
         for dropped in layer.shared:
-            shared = kept[f"{prefix}.{structure.modules.shared_name}"]
+            shared = kept[structure.shared_expert_prefix(layer.layer)]
             assert dropped == _others(shared, structure.shared_d_ff)
         assert len(layer.shared) == bool(structure.shared_d_ff)
 

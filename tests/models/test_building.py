@@ -28,6 +28,9 @@ def test_the_setting_at_fault_is_named(family: str, key: str, value: Any, reason
     text = config.get_text_config()
     if key == "vocab_size":
         text.pad_token_id = None
+    if key == "rope_parameters" and "rope_type" not in text.rope_parameters:
+        # A table for each kind of layer.
+        value = dict.fromkeys(text.rope_parameters, value)
     setattr(text, key, value)
     with pytest.raises(CheckpointError) as raised:
         build_on_meta(config)

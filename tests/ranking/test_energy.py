@@ -30,6 +30,8 @@ def direct_energies(model: Any, tokens: torch.Tensor, alpha: float) -> dict[str,
     energies = {}
     for name, block in blocks.items():
         x, ids, weights = captured[name]
+        # Laguna applies it to the sum of the experts, the others to the routing weights.
+        weights = weights * getattr(block, "routed_scaling_factor", 1.0)
         gates = torch.zeros(len(x), block.experts.num_experts, dtype=torch.float64)
         gates.scatter_(1, ids, weights.double())
         per_expert = []

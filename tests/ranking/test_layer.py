@@ -15,9 +15,10 @@ from camera_serve.calibration.attention import AddsNothing
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.compression.layer import set_shared
+from camera_serve.errors import UnsupportedModelError
 from camera_serve.ragged.layer import RaggedTier
 from camera_serve.ranking.energy import RoutedExpertsMeter, SharedExpertMeter
-from camera_serve.ranking.layer import measure, run_measured
+from camera_serve.ranking.layer import measure, run_measured, scale_of_routed
 from camera_serve.ranking.selection import select_rows
 from tests import tiny_models
 
@@ -68,14 +69,15 @@ def two_runs(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Energies by one whole run of a layer, and by another its output with its experts changed."""
     assert loaded.experts is not None
-    mlp, meters = loaded.module.mlp, [RoutedExpertsMeter(loaded.experts, CPU)]
+    mlp, meters = loaded.moe, [RoutedExpertsMeter(loaded.experts, CPU)]
     mlp.experts = meters[0]
     if loaded.shared is not None:
         meters.append(SharedExpertMeter(loaded.shared, loaded.shared_gate))
         setattr(mlp, loaded.shared_name, meters[1])
     for _ in stream.outputs(layer, loaded, hidden.clone()):
         pass
-    energies = [meters[0].sums.energies(loaded.experts.down, ALPHA)]
+    scale = getattr(mlp, "routed_scaling_factor", 1.0)  # Laguna's; others have it in the router.
+    energies = [scale**2 * meters[0].sums.energies(loaded.experts.down, ALPHA)]
     if loaded.shared is not None:
         energies.append(meters[1].sums.energies(loaded.shared.down_proj.weight.T, ALPHA))
         setattr(mlp, loaded.shared_name, loaded.shared)
@@ -125,6 +127,23 @@ def test_what_adds_nothing_changes_no_bit() -> None:
         assert (x + stand_in(x)).view(torch.int16).equal(x.view(torch.int16))
 
 
+@pytest.mark.parametrize(("family", "scale"), [("laguna", 1.5), ("deepseek_v3", 1.0)])
+def test_a_scale_beside_the_routing_weights_is_found(
+    family: str, scale: float, tmp_path: Path
+) -> None:
+    stream = opened(family, tmp_path, torch.bfloat16)
+    assert scale_of_routed(stream.load(1), "model.layers.1.mlp") == scale
+
+
+def test_a_block_that_does_more_than_scale_the_sum_of_its_experts_is_refused(
+    tmp_path: Path,
+) -> None:
+    loaded = opened("qwen3_moe", tmp_path, torch.bfloat16).load(0)
+    loaded.moe.register_forward_hook(lambda *call: call[-1].cumsum(-1))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp: .* more .* than scale it"):
+        scale_of_routed(loaded, "model.layers.0.mlp")
+
+
 class Counter:
     """Counts the tokens that pass the attention of the layers a stream loads."""
 
@@ -133,7 +152,7 @@ class Counter:
 
         def counted(stream: ModelStream, layer: int) -> StreamedLayer:
             loaded = load(stream, layer)
-            attention = loaded.module.self_attn
+            attention = getattr(loaded.module, "self_attn", None) or loaded.module.conv
             attention.register_forward_pre_hook(self._count, with_kwargs=True)
             return loaded
 
