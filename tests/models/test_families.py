@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from safetensors.torch import load_file
 
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import LibraryError, UnsupportedModelError
-from camera_serve.models import describe
+from camera_serve.models import describe, families
 from camera_serve.models.families import FAMILIES, is_new_enough, require_transformers
 from tests import pruning, quantized, tiny_models
 from tests.editing import edit_config
@@ -28,14 +27,14 @@ def test_an_activation_other_than_silu_is_refused_by_name(family: str) -> None:
 def test_a_transformers_that_is_too_old_for_a_family_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.17.9")
+    monkeypatch.setattr(families.transformers, "__version__", "5.17.9")
     require_transformers("qwen2_moe")
     require_transformers("of nobody here")
     with pytest.raises(
         LibraryError, match=r"minimax_m2 needs transformers 5\.18 or newer, .*5\.17"
     ):
         require_transformers("minimax_m2")
-    monkeypatch.setattr(transformers, "__version__", "5.18.0")
+    monkeypatch.setattr(families.transformers, "__version__", "5.18.0")
     require_transformers("minimax_m2")
 
 
@@ -44,7 +43,7 @@ def test_a_checkpoint_is_refused_where_transformers_is_too_old(
 ) -> None:
     path = tiny_models.save("qwen2_moe", tmp_path)
     edit_config(path, lambda config: config.update(model_type="minimax_m2"))
-    monkeypatch.setattr(transformers, "__version__", "5.13.0")
+    monkeypatch.setattr(families.transformers, "__version__", "5.13.0")
     with pytest.raises(LibraryError, match=r"config\.json: minimax_m2 needs transformers 5\.18"):
         Checkpoint.open(path)
 
