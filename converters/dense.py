@@ -90,7 +90,7 @@ def _write(checkpoint: Checkpoint, shapes: Mapping[int, Shapes], folder: Path) -
 
 
 def _dense_experts(checkpoint: Checkpoint, layer: int, shapes: Shapes) -> dict[str, torch.Tensor]:
-    """The expert tensors of one layer at their original shapes."""
+    """The expert tensors of one layer at their original shapes, in the form transformers loads."""
     structure = checkpoint.structure
     routed, tensors = read_experts(checkpoint, layer), {}
     for projection in PROJECTIONS:

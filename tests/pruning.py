@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from camera_serve.models import MoeStructure, describe
+from camera_serve.models.modules import layer_stack
 from camera_serve.models.registration import register_models
 from tests import tiny_models
 
@@ -43,7 +44,7 @@ def prune(dense: Path, output: Path, widths: Widths = hostile, *, seed: int = 0)
     """Write a compressed copy of the checkpoint `dense` with random rows kept, and say which."""
     structure = structure_of(dense)
     generator = torch.Generator().manual_seed(seed)
-    tensors = single_experts(load_file(dense / "model.safetensors"))
+    tensors = one_by_one(dense)
     kept: Kept = {}
     layers = {}
     for layer in structure.moe_layers:
@@ -77,7 +78,7 @@ def zeroed(dense: Path, kept: Kept, dtype: torch.dtype = torch.float32) -> nn.Mo
     structure = structure_of(dense)
     model = tiny_models.load(dense, dtype=dtype, experts_implementation="eager")
     for layer in structure.moe_layers:
-        moe: Any = model.get_submodule(structure.moe_module(layer))
+        moe = moe_of(model, structure, layer)
         for expert, name, d_ff in _experts(structure, layer):
             gone = torch.ones(d_ff, dtype=torch.bool)
             gone[kept[name]] = False
@@ -90,6 +91,34 @@ def zeroed(dense: Path, kept: Kept, dtype: torch.dtype = torch.float32) -> nn.Mo
                 moe.experts.gate_up_proj[expert, gone.repeat(2)] = 0
                 moe.experts.down_proj[expert][:, gone] = 0
     return model
+
+
+def moe_of(model: nn.Module, structure: MoeStructure, layer: int) -> Any:
+    """The MoE block of one layer in transformers' own model."""
+    modules = structure.modules
+    return layer_stack(model, modules).layers[layer].get_submodule(modules.moe_name)
+
+
+def one_by_one(dense: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors by the names of a compressed one: no two experts in one tensor."""
+    structure = structure_of(dense)
+    files = sorted(dense.glob("*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    tensors = single_experts(tensors)
+    if structure.layer_prefix(0).startswith("model.layers"):
+        tensors = {n.replace("model.language_model.", "model."): t for n, t in tensors.items()}
+    for layer in structure.moe_layers:
+        experts = f"{structure.moe_prefix(layer)}.experts"
+        if f"{experts}.down_proj" not in tensors:
+            continue
+        gate_up, down = (tensors.pop(f"{experts}.{name}") for name in ("gate_up_proj", "down_proj"))
+        if gate_up.shape[1] != 2 * structure.d_ff:
+            gate_up, down = gate_up.mT, down.mT
+        gate, up = gate_up.chunk(2, dim=1)
+        for name, stacked in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+            for expert, weight in enumerate(stacked):
+                tensors[f"{experts}.{expert}.{name}.weight"] = weight.contiguous()
+    return tensors
 
 
 def structure_of(checkpoint: Path) -> MoeStructure:

@@ -15,7 +15,7 @@ from torch import nn
 import camera_serve
 from camera_serve import Calibration, Recipe, TierPlan
 from tests import tiny_models
-from tests.pruning import structure_of
+from tests.pruning import moe_of, structure_of
 
 
 def compress(dense: Path, output: Path, plan: str, *, align: int = 1, group_size: int = 32) -> None:
@@ -47,7 +47,7 @@ def dequantized(dense: Path, compressed: Path, dtype: torch.dtype = torch.float3
     for layer in structure.moe_layers:
         prefix = structure.moe_prefix(layer)
         counts: Any = config["layers"][prefix]
-        moe: Any = model.get_submodule(structure.moe_module(layer))
+        moe = moe_of(model, structure, layer)
         for expert, tiers in enumerate(counts["experts"]):
             names = [f"{prefix}.experts.{expert}.{p}" for p in structure.family.projections]
             gate, up, down = (_rows(tensors, n, tiers, config, structure.d_model) for n in names)

@@ -2,11 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -20,6 +22,8 @@ from transformers.utils import logging
 
 from camera_serve.models.families import is_new_enough
 from camera_serve.models.registration import register_models
+
+Tensors = dict[str, torch.Tensor]
 
 VOCAB_SIZE = 320
 
@@ -85,6 +89,34 @@ _KIMI: dict[str, Any] = {
     "moe_layer_freq": 1,
     "num_nextn_predict_layers": 0,
 }
+
+_QWEN3_NEXT: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    # vLLM's CPU kernel takes no others.
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "head_dim": 32,
+    "num_experts": 8,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 96,
+}
+_VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 32,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
+
+
+def _mrope(*section: int) -> dict[str, Any]:
+    """Rotary embeddings of positions in time, height and width; for text all three are the same."""
+    interleaved = {"mrope_section": list(section), "mrope_interleaved": True}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **interleaved}}
+
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
@@ -286,6 +318,22 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "mup_enabled": True,
     },
+    "qwen3_next": {**_QWEN3_NEXT, "norm_topk_prob": True},
+    "qwen3_5_moe": {"text_config": {**_QWEN3_NEXT, **_mrope(2, 1, 1)}, "vision_config": _VISION},
+    "qwen3_5_moe_text": {**_QWEN3_NEXT, **_mrope(2, 1, 1)},
+    "qwen3_vl_moe": {
+        "text_config": {
+            "num_hidden_layers": 3,
+            "head_dim": 32,
+            "num_experts": 8,
+            # transformers takes a square matrix for one that is not transposed.
+            "moe_intermediate_size": 48,
+            "intermediate_size": 128,
+            "mlp_only_layers": [1],
+            **_mrope(6, 5, 5),
+        },
+        "vision_config": {**_VISION, "deepstack_visual_indexes": [0]},
+    },
 }
 # Standard deviations of the logits these matrices make from a unit-variance input.
 _GAINS = {"gate": 3.0, "router": 3.0, "lm_head": 4.0}
@@ -314,13 +362,21 @@ SAVED_AS_PUBLISHED = tuple(family for family in FAMILIES if family not in _RENAM
 
 def settings(family: str) -> dict[str, Any]:
     """What is set of a family's config."""
-    return _SETTINGS[family] if "text_config" in _SETTINGS[family] else _COMMON | _SETTINGS[family]
+    own = _SETTINGS[family]
+    if "text_config" not in own:
+        return _COMMON | own
+    return own | {"text_config": _COMMON | own["text_config"]}
 
 
 def build(family: str, *, seed: int = 0, **config_overrides: Any) -> nn.Module:
     """A random float32 model of `family` whose logits are not flat and whose router is decisive."""
     register_models()
-    config = AutoConfig.for_model(family, **{**settings(family), **config_overrides})
+    own = settings(family)
+    if "text_config" in own:
+        own = own | {"text_config": own["text_config"] | config_overrides}
+    else:
+        own = own | config_overrides
+    config = AutoConfig.for_model(family, **own)
     model = _auto_class(config).from_config(config, dtype=torch.float32)
     _fill(model, torch.Generator().manual_seed(seed))
     return model.eval()
@@ -350,16 +406,27 @@ def save(
 ) -> Path:
     """Save `build(family, ...)` with its tokenizer in `path` and return `path`.
 
-    Without `original_format`: experts fused and tensors named as transformers has them in memory.
+    Without `original_format`: experts fused and tensors named as transformers has them in memory,
+    or one by one where that is how the family is published.
     """
     model = build(family, seed=seed, **config_overrides).to(dtype)
     logging.disable_progress_bar()
+    one_by_one = original_format == (family not in _PUBLISHED_FUSED)
+    whole = family in _PUBLISHED or family in _DRAFTS
     model.save_pretrained(
         path,
         state_dict={**model.state_dict(), **_draft_layer(model, seed)},
-        max_shard_size=max_shard_size,
-        save_original_format=original_format,
+        max_shard_size="5GB" if whole else max_shard_size,
+        save_original_format=one_by_one,
     )
+    if whole:
+        tensors = load_file(path / "model.safetensors")
+        if original_format and family in _PUBLISHED:
+            tensors = _PUBLISHED[family](tensors)
+        if family in _DRAFTS:
+            tensors |= _draft(model, fused=family in _PUBLISHED_FUSED)
+        (path / "model.safetensors").unlink()
+        save_torch_state_dict(tensors, path, max_shard_size=max_shard_size)
     if original_format:
         _rename(path, _RENAMED.get(family, ()))
     _write_config(model, family, path / "config.json")
@@ -396,7 +463,8 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
         if name.endswith("e_score_correction_bias"):
             tensor.copy_(0.2 * noise)
         elif "norm" in name and name.endswith("weight"):
-            tensor.copy_(1 + 0.2 * noise)
+            # Some families' norms multiply with 1 + weight: they start at 0.
+            tensor.copy_(tensor.flatten()[0] + 0.2 * noise)
         elif name == "lm_head.bias":
             # Phi has one, and stock vLLM loads it but never adds it to the logits.
             tensor.zero_()
@@ -443,12 +511,49 @@ def _rename(path: Path, renames: tuple[tuple[str, str], ...]) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
 
 
+def _transposed(tensors: Tensors) -> Tensors:
+    return {n: t.mT.contiguous() if ".experts." in n else t for n, t in tensors.items()}
+
+
+def _in_a_larger_model(tensors: Tensors) -> Tensors:
+    """As transformers saves the text part that it took out of a model that sees pictures."""
+    return {n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()}
+
+
+def _draft(model: nn.Module, *, fused: bool) -> Tensors:
+    """The head that drafts the next tokens: a copy of the last layer, norms, and a matrix.
+
+    Its experts are stored one by one in Qwen3-Next and Qwen3.5, and fused in Qwen3.6.
+    """
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    matches = {name: re.fullmatch(r"model\..*layers\.1\.(.+)", name) for name in weights}
+    draft = {f"mtp.layers.0.{m[1]}": weights[name] for name, m in matches.items() if m}
+    if not fused:
+        experts = "mtp.layers.0.mlp.experts"
+        halves = draft.pop(f"{experts}.gate_up_proj").chunk(2, dim=1)
+        parts = dict(zip(("gate", "up"), halves, strict=True))
+        for name, stacked in (parts | {"down": draft.pop(f"{experts}.down_proj")}).items():
+            draft |= {f"{experts}.{e}.{name}_proj.weight": w.clone() for e, w in enumerate(stacked)}
+    norm = weights["lm_head.weight"][0]
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        draft[f"mtp.{name}.weight"] = norm.clone()
+    return draft | {"mtp.fc.weight": torch.cat([torch.diag(norm)] * 2, dim=1)}
+
+
+_PUBLISHED_FUSED = ("qwen3_5_moe", "qwen3_vl_moe")
+_PUBLISHED: dict[str, Callable[[Tensors], Tensors]] = {
+    "qwen3_5_moe_text": _in_a_larger_model,
+    "qwen3_vl_moe": _transposed,
+}
+_DRAFTS = ("qwen3_next", "qwen3_5_moe")
+
+
 def _write_config(model: nn.Module, family: str, path: Path) -> None:
     config = json.loads(path.read_text())
     config["architectures"] = [_ARCHITECTURES.get(family, type(model).__name__)]
     config["model_type"] = family
     config = {k: v for k, v in config.items() if k not in _UNPUBLISHED.get(family, ())}
-    if "text_config" in config:
+    if text_type := _SETTINGS[family].get("text_config", {}).get("model_type"):
         # transformers would write the type it reads this one as.
-        config["text_config"]["model_type"] = _SETTINGS[family]["text_config"]["model_type"]
+        config["text_config"]["model_type"] = text_type
     path.write_text(json.dumps(config, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from camera_serve.benchmark import process
 from camera_serve.benchmark.commands import bench_latency, bench_serve, bench_throughput
@@ -60,12 +61,19 @@ def bench(
 
 def _check_vocabularies(paths: list[Path]) -> None:
     for path in paths:
-        size = read_json(path / "config.json").get("vocab_size", LATENCY_VOCABULARY)
+        size = _vocabulary(read_json(path / "config.json"))
         if size < LATENCY_VOCABULARY:
             raise process.VllmError(
                 f"vllm bench latency draws token ids below {LATENCY_VOCABULARY}, and {path} has "
                 f"{size} tokens: leave latency out of --modes"
             )
+
+
+def _vocabulary(config: dict[str, Any]) -> int:
+    """Tokens of a model, as config.json says at its top or of its text part."""
+    text = config.get("text_config", {})
+    size = config.get("vocab_size", text.get("vocab_size", LATENCY_VOCABULARY))
+    return int(size)
 
 
 def _turns(count: int, repeats: int) -> Iterator[tuple[int, int]]:

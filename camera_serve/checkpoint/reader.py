@@ -38,7 +38,7 @@ from camera_serve.errors import (
 from camera_serve.models import MoeStructure, describe
 from camera_serve.models.families import FAMILIES, MOST, require_transformers
 from camera_serve.models.registration import register_configs
-from camera_serve.models.storage import Index, logical_tensors
+from camera_serve.models.storage import Index, are_transposed, logical_tensors
 from camera_serve.recipe import describe_errors
 
 DTYPES = {
@@ -49,12 +49,16 @@ DTYPES = {
     "I32": torch.int32,
 }
 
+_DEPTHS = ("num_hidden_layers", "depth")
+"""Settings that say how many layers there are, in a text part and in one that sees pictures."""
+
 
 @dataclass(frozen=True)
 class TensorEntry:
     """Where a tensor lies and what it is, from the safetensors header alone.
 
-    It is `stored[index]` of the tensor named `stored` in `file`: all of it when `index` is empty.
+    It is `stored[index]` of the tensor named `stored` in `file`, or the transpose of that; all of
+    it when `index` is empty.
     """
 
     file: Path
@@ -62,6 +66,7 @@ class TensorEntry:
     dtype: str
     stored: str
     index: Index = ()
+    transposed: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -118,7 +123,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype most weights are stored in, as config.json says (bfloat16 when it does not)."""
-        found = self.config.dtype or torch.bfloat16
+        found = self.config.dtype or self.config.get_text_config().dtype or torch.bfloat16
         return found if isinstance(found, torch.dtype) else getattr(torch, str(found))
 
     @cached_property
@@ -200,7 +205,7 @@ class Checkpoint:
                 f"{entry.file}: {name} holds {bad} NaN or Inf values of {tensor.numel()}: copy the "
                 "file again from where it came from, or repair the weights"
             )
-        return tensor
+        return tensor.mT if entry.transposed else tensor
 
     def release(self) -> None:
         """Unmap the weight files: pages once read count as this process's memory until then."""
@@ -236,9 +241,10 @@ def load_config(path: Path, raw: Mapping[str, Any]) -> PreTrainedConfig:
 
 def _refuse_countless_layers(raw: Mapping[str, Any]) -> None:
     """Of the text model or of a part beside it: transformers would list, or make, them all."""
-    layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int | float) and layers > MOST:
-        raise CheckpointError(f"num_hidden_layers is {layers}: wanted 1 to {MOST}")
+    for key in _DEPTHS:
+        layers = raw.get(key)
+        if isinstance(layers, int | float) and layers > MOST:
+            raise CheckpointError(f"{key} is {layers}: wanted 1 to {MOST}")
     for value in raw.values():
         if isinstance(value, dict):
             _refuse_countless_layers(value)
@@ -325,10 +331,11 @@ def logical_entries(
     Raises `CheckpointError` for experts stored in both forms, a tensor stored twice, or fused
     experts of another shape.
     """
+    transposed = are_transposed({name: entry.shape for name, entry in stored.items()}, structure)
     found = [
-        (part.name, replace(entry, shape=part.shape, index=part.index))
+        (part.name, replace(entry, shape=part.shape, index=part.index, transposed=part.transposed))
         for entry in stored.values()
-        for part in logical_tensors(entry.stored, entry.shape, entry.file, structure)
+        for part in logical_tensors(entry.stored, entry.shape, entry.file, structure, transposed)
     ]
     experts = (part for name, part in found if structure.is_routed_expert(name))
     forms = {bool(part.index): part.stored for part in experts}

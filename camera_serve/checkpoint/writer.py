@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig
 
 from camera_serve.checkpoint.files import INDEX, side_files
-from camera_serve.checkpoint.format import CameraQuantizationConfig
+from camera_serve.checkpoint.format import NO_PLAIN_TRANSFORMERS, CameraQuantizationConfig
 from camera_serve.checkpoint.reader import Checkpoint, read_json
 from camera_serve.checkpoint.report import REPORT_FILE
 from camera_serve.errors import OutputError
@@ -132,17 +133,29 @@ def serving_config(
     Remote code is dropped (camera-serve brings what it needs), the architecture gets the name
     serving engines know, and settings they do not assume are spelled out.
     """
-    family = checkpoint.structure.family
-    config = _without_code(checkpoint.raw_config)
-    dropped = ("quantization_config", "transformers_weights")
-    config = {key: value for key, value in config.items() if key not in dropped}
+    family, key = checkpoint.structure.family, _text_key(checkpoint.config)
+    config = _of_the_original(checkpoint.raw_config)
     spelled_out = family.settings_spelled_out(checkpoint.config.get_text_config())
-    if isinstance(text := config.get("text_config"), dict):
-        config["text_config"] = spelled_out | text
-    else:
+    if key is None:
         config = spelled_out | config
+    else:
+        config[key] = spelled_out | _of_the_original(config.get(key) or {})
+        if quantization:
+            # transformers may load the text part alone, by its own settings.
+            config[key]["transformers_weights"] = NO_PLAIN_TRANSFORMERS
     config["architectures"] = [family.architectures[0]]
     return config | (quantization.config_entries() if quantization else {})
+
+
+def _text_key(config: PreTrainedConfig) -> str | None:
+    """The key under which config.json describes the text part; None where all of it does."""
+    text = config.get_text_config()
+    return next((key for key, part in vars(config).items() if part is text), None)
+
+
+def _of_the_original(config: Mapping[str, Any]) -> dict[str, Any]:
+    dropped = ("quantization_config", "transformers_weights")
+    return {key: value for key, value in _without_code(config).items() if key not in dropped}
 
 
 def free_bytes(folder: Path) -> int:

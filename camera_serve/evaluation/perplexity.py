@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 import camera_serve.hf  # noqa: F401  (from_pretrained then knows compressed checkpoints)
+from camera_serve.models.building import model_class
 
 WINDOW = 2048
 
@@ -47,7 +48,8 @@ class Score:
 def load_model(path: Path) -> PreTrainedModel:
     """A dense or compressed checkpoint in float32, so that no rounding hides a small difference."""
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model_of = model_class(AutoConfig.from_pretrained(path))
+    model: PreTrainedModel = model_of.from_pretrained(path, dtype=torch.float32)
     return model.eval()
 
 

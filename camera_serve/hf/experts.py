@@ -87,12 +87,18 @@ class RaggedSharedExperts(nn.Module):
         return out.to(hidden_states.dtype).view(hidden_states.shape)
 
 
-def remove_experts(model: PreTrainedModel, structure: MoeStructure) -> None:
-    """Take the experts out of a model on the meta device: `add_experts` reads them apart."""
-    for moe in _moe_layers(model, structure).values():
-        moe.experts = nn.Identity()
-        if structure.shared_d_ff:
-            setattr(moe, structure.modules.shared_name, nn.Identity())
+def remove_experts(model: PreTrainedModel, structure: MoeStructure) -> list[str]:
+    """Take the experts out of a model on the meta device: `add_experts` reads them apart.
+
+    Returns how the names of their weights begin in this model, which may be a part of the whole.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    parts = ["experts", *([structure.modules.shared_name] if structure.shared_d_ff else [])]
+    moe_layers = _moe_layers(model, structure).values()
+    for moe in moe_layers:
+        for part in parts:
+            setattr(moe, part, nn.Identity())
+    return [f"{names[moe]}.{part}." for moe in moe_layers for part in parts]
 
 
 def add_experts(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:

@@ -59,8 +59,7 @@ class CameraHfQuantizer(HfQuantizer):
         # transformers does not compare shapes when a quantizer is present, and only warns of
         # missing tensors.
         self.checkpoint = Checkpoint.open(Path(checkpoint_files[0]).parent)
-        remove_experts(model, self.checkpoint.structure)
-        ours = map(re.escape, self.checkpoint.structure.expert_modules())
+        ours = map(re.escape, remove_experts(model, self.checkpoint.structure))
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | set(ours)
         self._dtypes = {name: param.dtype for name, param in model.named_parameters()}
@@ -105,9 +104,10 @@ class CameraHfQuantizer(HfQuantizer):
 
 def _for_ragged_experts(config: PreTrainedConfig) -> PreTrainedConfig:
     """Let every file be loaded, and no layer cut: a family's plans cut experts as stacked ones."""
-    vars(config).pop("transformers_weights", None)
-    config.base_model_tp_plan = None
-    config.base_model_ep_plan = None
+    for part in (config, config.get_text_config()):
+        vars(part).pop("transformers_weights", None)
+        part.base_model_tp_plan = None
+        part.base_model_ep_plan = None
     return config
 
 

@@ -1,7 +1,6 @@
 """transformers' own model of a config, on the meta device: names, shapes and code, no memory."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,38 +24,32 @@ def build_on_meta(config: Config, dtype: torch.dtype | None = None) -> Any:
         ) from error
 
 
+def model_class(config: Config) -> Any:
+    """The family's own class, which has all that its checkpoints hold, or `AutoModelForCausalLM`.
+
+    That makes the text part alone of a model that sees pictures as well, or knows it not at all.
+    """
+    family = FAMILIES.get(config.model_type)
+    names = family.architectures if family else ()
+    found = (getattr(transformers, name, None) for name in names)
+    return next(filter(None, found), AutoModelForCausalLM)
+
+
 def _build(config: Config, dtype: torch.dtype | None) -> Any:
     if config.model_type == "deepseek":
         from camera_serve.models.deepseek import register_deepseek
 
         register_deepseek()
+    made, config = model_class(config), copy.deepcopy(config)  # transformers sets dtypes in it.
+    if made is AutoModelForCausalLM:
+        make = made.from_config
+    else:
+        make = made._from_config
+        if not isinstance(config, made.config_class):
+            # vLLM reads some families' configs with the class of another.
+            config = made.config_class.from_dict(config.to_dict())
     with torch.device("meta"):
-        return _make(config)(_own_config(config), **({"dtype": dtype} if dtype else {}))
-
-
-def _make(config: Config) -> Callable[..., Any]:
-    """What makes the model: the family's own class, which has all that its checkpoints hold.
-
-    `AutoModelForCausalLM` makes the text part alone of a model that sees pictures as well.
-    """
-    if model_class := _own_class(config):
-        return model_class._from_config
-    return AutoModelForCausalLM.from_config
-
-
-def _own_class(config: Config) -> Any:
-    """transformers' class of a family's whole model; None for one that is not transformers' own."""
-    family = FAMILIES.get(config.model_type)
-    names = family.architectures if family else ()
-    return next((found for name in names if (found := getattr(transformers, name, None))), None)
-
-
-def _own_config(config: Config) -> Config:
-    """The config as its model reads it: vLLM reads some families' with the class of another."""
-    model_class = _own_class(config)
-    if model_class is None or isinstance(config, model_class.config_class):
-        return config
-    return model_class.config_class.from_dict(config.to_dict())
+        return make(config, **({"dtype": dtype} if dtype else {}))
 
 
 def _setting_at_fault(config: Config) -> str:
@@ -66,7 +59,7 @@ def _setting_at_fault(config: Config) -> str:
     text.num_hidden_layers, defaults = 1, vars(type(text)())
     if _builds(small):
         return ""
-    for key, value in list(vars(text).items()):
+    for key, value in vars(text).copy().items():
         vars(text)[key] = defaults.get(key)
         if _builds(small):
             return f" with {key} = {value!r:.100}"

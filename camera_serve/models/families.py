@@ -38,14 +38,16 @@ class Family:
 
     `architectures`: classes its checkpoints name, the first of them the one we write. `projections`
     are names in the checkpoint; `hf_renames` turns a checkpoint name into the transformers module
-    name, as (old, new) infixes, and `hf_prefixes` as what names begin with. `top_k_key` is the
-    setting of how many experts a token takes. `understood` lists config settings that change the
-    layer's math, with the values we reproduce exactly. `spelled_out` are settings that serving
+    name, as (old, new) infixes, and `hf_prefixes` as what names begin with; `also_stored` turns
+    names that other programs store into those of the checkpoint, as `hf_renames`. `top_k_key` is
+    the setting of how many experts a token takes. `understood` lists config settings that change
+    the layer's math, with the values we reproduce exactly. `spelled_out` are settings that serving
     engines ask for and transformers takes for granted, or makes of others: with their value, or the
     function of a config that gives it. `known_as` is the model type transformers has the family
     under, where that is another one, and `transformers` the oldest version that computes it as
     published. `elsewhere` are what names of parts beside the text model begin with: such tensors
-    are carried over as they are.
+    are carried over as they are. `fused_transposed`: transformers loads a dense model's experts in
+    no other form.
     """
 
     architectures: tuple[str, ...]
@@ -58,6 +60,8 @@ class Family:
     known_as: str = ""
     transformers: str = TRANSFORMERS_TESTED[0]
     elsewhere: tuple[str, ...] = ()
+    also_stored: tuple[tuple[str, str], ...] = ()
+    fused_transposed: bool = False
 
     def settings_spelled_out(self, text: Config) -> dict[str, Any]:
         """`spelled_out` for the config of a text model, by name."""
@@ -72,6 +76,17 @@ _DEEPSEEK_V3 = (
     ("moe_layer_freq", (1,)),
     ("rope_interleave", (True, None)),
 )
+# transformers has an attention that is always gated and may have biases; vLLM reads these settings,
+# and knows none of the biases.
+_QWEN3_NEXT = (
+    ("attn_output_gate", (True,)),
+    ("attention_bias", (False,)),
+    ("qkv_bias", (False,)),
+    ("layer_scale", (False, None)),
+    ("output_gate_type", ("silu", "swish")),
+)
+# transformers always renormalises routing weights here, vLLM as the setting says.
+_RENORMALISED = ("norm_topk_prob", (True,))
 
 FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(("Qwen2MoeForCausalLM",)),
@@ -227,6 +242,22 @@ FAMILIES: dict[str, Family] = {
             ("n_group", 1),
             ("topk_group", 1),
         ),
+    ),
+    "qwen3_next": Family(("Qwen3NextForCausalLM",), understood=_QWEN3_NEXT),
+    "qwen3_5_moe": Family(
+        ("Qwen3_5MoeForConditionalGeneration",), understood=(*_QWEN3_NEXT, _RENORMALISED)
+    ),
+    "qwen3_5_moe_text": Family(
+        ("Qwen3_5MoeForCausalLM",),
+        understood=(*_QWEN3_NEXT, _RENORMALISED),
+        # As transformers saves the text part that it took out of the model above.
+        also_stored=(("model.language_model.", "model."),),
+    ),
+    "qwen3_vl_moe": Family(
+        ("Qwen3VLMoeForConditionalGeneration",),
+        understood=(("attention_bias", (False,)), _RENORMALISED),
+        spelled_out=(("norm_topk_prob", True),),
+        fused_transposed=True,
     ),
 }
 

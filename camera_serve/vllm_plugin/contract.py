@@ -34,6 +34,7 @@ HOOKS: dict[tuple[str, str], tuple[str, ...]] = {
         "from_config",
         "override_quantization_method",
         "maybe_update_config",
+        "apply_vllm_mapper",
         "get_quant_method",
     ),
     (_MOE, f"{_PLUGIN}.moe:CameraMoEMethod"): (

@@ -97,10 +97,14 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str = SOURCE)
     return command
 
 
-def model(folder: Path, *, vocab_size: int = 20000, **behaviour: Any) -> Path:
-    """A folder that looks like a model to the benchmark; it tells the fake how to behave."""
+def model(folder: Path, *, vocab_size: int = 20000, nested: bool = False, **behaviour: Any) -> Path:
+    """A folder that looks like a model to the benchmark; it tells the fake how to behave.
+
+    nested: whether its settings are those of the text part of a model that sees pictures.
+    """
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    config: dict[str, Any] = {"vocab_size": vocab_size}
+    (folder / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
     (folder / "fake.json").write_text(json.dumps(behaviour))
     (folder / "model.safetensors").write_bytes(bytes(1000))
     return folder

@@ -177,8 +177,12 @@ def test_what_cannot_work_is_refused_before_anything_runs(command: Path, tmp_pat
     with pytest.raises(VllmError, match=r"--threads 4096: this process may use \d+ cores"):
         bench([good], BenchSettings(threads=4096, **SERVE_ONLY))
     small = fake_vllm.model(tmp_path / "small", vocab_size=2048, speed=20)
-    with pytest.raises(VllmError, match=r"below 10000, and .*small has 2048 tokens: leave latency"):
-        bench([good, small], BenchSettings())
+    seeing = fake_vllm.model(tmp_path / "seeing", vocab_size=2048, nested=True, speed=20)
+    for few in (small, seeing):
+        with pytest.raises(
+            VllmError, match=rf"below 10000, and .*{few.name} has 2048 tokens: leave"
+        ):
+            bench([good, few], BenchSettings())
     assert fake_vllm.calls(command) == []
     bench([small], BenchSettings(**SERVE_ONLY))
     assert len(fake_vllm.calls(command)) == 2

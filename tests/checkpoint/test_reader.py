@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from camera_serve.checkpoint.reader import Checkpoint, read_json
 from camera_serve.errors import CheckpointError, UnsupportedModelError
 from tests import tiny_models
+from tests.editing import edit_config
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,13 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_lies(
 def test_expert_bytes_count_routed_and_shared_experts(model: Path) -> None:
     # 2 layers × (8 experts × 64 + 96 shared) micro-experts × 3 vectors of 64 bf16 weights.
     assert Checkpoint.open(model).expert_bytes == 2 * (8 * 64 + 96) * 3 * 64 * 2
+
+
+def test_the_dtype_may_be_said_of_the_text_part_alone(tmp_path: Path) -> None:
+    path = tiny_models.save("qwen3_5_moe", tmp_path / "model", dtype=torch.float16)
+    assert Checkpoint.open(path).dtype == torch.float16
+    edit_config(path, lambda config: config["text_config"].update(dtype=config.pop("dtype")))
+    assert Checkpoint.open(path).dtype == torch.float16
 
 
 def test_a_missing_shard_is_named(model: Path) -> None:

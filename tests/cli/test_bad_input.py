@@ -119,6 +119,59 @@ def test_a_model_that_is_not_understood_is_refused(
     _assert_refused(run, command, copy, small, named)
 
 
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that sees pictures; its text part is described by a part of config.json."""
+    return tiny_models.save("qwen3_5_moe", tmp_path_factory.mktemp("seeing") / "model")
+
+
+def _dense_text(config: dict[str, Any]) -> None:
+    config |= {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]}
+    config["text_config"]["model_type"] = "qwen3_5_text"
+    config["vision_config"]["model_type"] = "qwen3_5_vision"
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "named"),
+    [
+        ("text_config", {"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000"),
+        ("vision_config", {"depth": 10**12}, "depth is 1000000000000"),
+        ("text_config", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
+        ("text_config", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("text_config", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ("text_config", {"attn_output_gate": False}, "attn_output_gate = False"),
+        ("text_config", {"attention_bias": True}, "attention_bias = True"),
+        ("text_config", {"layer_scale": True}, "layer_scale = True"),
+        ("text_config", {"output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid'"),
+        ("text_config", {"vocab_size": -1}, "cannot build this model with vocab_size = -1"),
+        ("text_config", {"moe_intermediate_size": 40}, "config.json implies [8, 64, 40]"),
+        ("vision_config", {"out_hidden_size": 32}, "model.visual.merger.linear_fc2.weight"),
+    ],
+)
+def test_a_part_of_a_model_that_is_not_understood_is_refused(
+    run: Run,
+    seeing: Path,
+    tmp_path: Path,
+    small: list[str],
+    part: str,
+    settings: dict[str, Any],
+    named: str,
+) -> None:
+    shutil.copytree(seeing, tmp_path / "model")
+    edit_config(tmp_path / "model", lambda config: config[part].update(settings))
+    _assert_refused(run, "compress", tmp_path / "model", small, named)
+
+
+@pytest.mark.parametrize("command", ["compress", "inspect"])
+def test_a_model_that_sees_pictures_with_a_dense_text_part_is_refused(
+    run: Run, seeing: Path, tmp_path: Path, small: list[str], command: str
+) -> None:
+    shutil.copytree(seeing, tmp_path / "model")
+    edit_config(tmp_path / "model", _dense_text)
+    named = ("qwen3_5", "Qwen3_5ForConditionalGeneration", "is not supported: it is a dense model")
+    _assert_refused(run, command, tmp_path / "model", small, *named)
+
+
 def _assert_refused(run: Run, command: str, model: Path, small: list[str], *words: str) -> None:
     before = digest(model.parent)
     flags = {

@@ -24,10 +24,26 @@ _YARN: dict[str, Any] = {
     "beta_fast": 32,
     "beta_slow": 1,
 }
+# vLLM's CPU backend has linear attention in bfloat16 only: `HYBRIDS` are served in that as well.
+_FULL_ATTENTION = {"layer_types": ["full_attention", "full_attention"]}
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"rope_parameters": _YARN},
     "deepseek_v3": {"rope_parameters": _YARN},
+    "qwen3_next": _FULL_ATTENTION,
+    "qwen3_5_moe": _FULL_ATTENTION,
+    "qwen3_5_moe_text": _FULL_ATTENTION,
 }
+
+_TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+# With prefix caching vLLM takes it for granted that such a model has linear attention somewhere.
+_NO_PREFIXES = {"enable_prefix_caching": False}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "qwen3_next": _NO_PREFIXES,
+    "qwen3_5_moe": _NO_PREFIXES | _TEXT_ONLY,
+    "qwen3_5_moe_text": _NO_PREFIXES,
+    "qwen3_vl_moe": _TEXT_ONLY,
+}
+"""Arguments of `vllm.LLM` that a family's tiny model wants."""
 
 
 def make(

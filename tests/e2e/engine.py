@@ -239,6 +239,19 @@ def _is_weight(tensor: Any) -> bool:
     return bool(tensor.element_size() < 8)
 
 
+def _provide_torchvision() -> None:
+    """Put torchvision on the path, which vLLM's models that see pictures import.
+
+    PyPI's is linked to CUDA's libraries. Beside torch's CPU build it works but for the operators
+    of its own library, and it asks for two of these by name while it is imported.
+    """
+    import torch
+
+    sys.path.append(str(Path(sys.prefix) / "torchvision"))
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
+
+
 def _inspect_here(model: Path) -> None:
     """Let vLLM look at the model class in this process: by default it starts one just for that."""
     from vllm.model_executor.models.registry import _VLLM_MODELS, ModelRegistry
@@ -250,8 +263,11 @@ def _inspect_here(model: Path) -> None:
 
 
 def _main(folder: Path) -> None:
-    results = []
-    for work in json.loads((folder / "work.json").read_text()):
+    results, all_work = [], json.loads((folder / "work.json").read_text())
+    configs = [Path(work["job"]["model"]) / "config.json" for work in all_work]
+    if any("vision_config" in json.loads(config.read_text()) for config in configs):
+        _provide_torchvision()
+    for work in all_work:
         os.environ["MASTER_PORT"] = str(work["port"])
         # vLLM collects garbage seven times for each engine: not among all that it imported.
         gc.freeze()

@@ -48,7 +48,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
         variant: checkpoints.make_quantized(family, folder / variant, plan)
         for variant, (family, plan) in QUANTIZED.items()
     }
-    jobs = [Job(str(path)) for path, _ in made.values()]
+    families = {variant: family for variant, (family, _) in (VARIANTS | QUANTIZED).items()}
+    jobs = [
+        Job(str(path), checkpoints.ARGUMENTS.get(families[variant], {}))
+        for variant, (path, _) in made.items()
+    ]
     dummies = {DUMMY: made["qwen2_moe"][0], QUANTIZED_DUMMY: made["qwen2_moe, 2 bits"][0]}
     for name, path in dummies.items():
         bare = folder / name

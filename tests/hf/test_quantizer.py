@@ -240,6 +240,16 @@ def test_a_model_without_a_head_gives_the_headed_one_s_hidden_states(tmp_path, f
     assert said == wanted
 
 
+def test_the_text_part_of_a_model_that_sees_pictures_loads_alone(tmp_path):
+    dense, compressed, kept = compress(tmp_path, "qwen3_5_moe")
+    model, said = AutoModelForCausalLM.from_pretrained(
+        compressed, dtype=torch.float32, output_loading_info=True
+    )
+    assert not hasattr(model.model, "visual")
+    assert not any(said.values())
+    torch.testing.assert_close(logits(model), logits(pruning.zeroed(dense, kept)), **FLOAT32)
+
+
 def test_registration_is_repeatable():
     camera_serve.hf.register()
     camera_serve.hf.register()

@@ -155,6 +155,35 @@ def test_a_fused_tensor_of_another_shape_is_named_with_both_shapes(
         assert part in str(caught.value)
 
 
+SEEING = "model.language_model.layers.2.mlp.experts"
+
+
+@pytest.mark.parametrize("d_ff", [32, 48, 64], ids=["gate and up", "none", "down"])
+def test_transposed_experts_are_read_whichever_is_square(d_ff: int, tmp_path: Path) -> None:
+    sizes = {"moe_intermediate_size": d_ff, "dtype": torch.float32}
+    path = tiny_models.save("qwen3_vl_moe", tmp_path / "model", **sizes)
+    stored = load_file(path / WEIGHTS)
+    assert stored[f"{SEEING}.gate_up_proj"].shape == (8, 64, 2 * d_ff)
+    assert stored[f"{SEEING}.down_proj"].shape == (8, d_ff, 64)
+    checkpoint = Checkpoint.open(path)
+    built = tiny_models.build("qwen3_vl_moe", moe_intermediate_size=d_ff).state_dict()
+    gate, up = built[f"{SEEING}.gate_up_proj"][5].chunk(2)
+    wanted = {"gate": gate, "up": up, "down": built[f"{SEEING}.down_proj"][5]}
+    for projection, weight in wanted.items():
+        assert checkpoint.get(f"{SEEING}.5.{projection}_proj.weight").equal(weight)
+
+
+def test_experts_that_lie_in_both_ways_are_refused(tmp_path: Path) -> None:
+    path = tiny_models.save("qwen3_vl_moe", tmp_path / "model")
+
+    def turn(tensors: Tensors) -> None:
+        tensors[f"{SEEING}.down_proj"] = tensors[f"{SEEING}.down_proj"].mT.contiguous()
+
+    edit_weights(path, turn)
+    with pytest.raises(CheckpointError, match=r"layers\.\d\.mlp\.experts\.\w+_proj has shape"):
+        Checkpoint.open(path)
+
+
 def test_a_missing_half_is_named(fused: Path) -> None:
     edit_weights(fused, lambda tensors: tensors.pop(f"{EXPERTS}.down_proj"))
     with pytest.raises(

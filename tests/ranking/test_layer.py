@@ -152,7 +152,8 @@ class Counter:
 
         def counted(stream: ModelStream, layer: int) -> StreamedLayer:
             loaded = load(stream, layer)
-            attention = getattr(loaded.module, "self_attn", None) or loaded.module.conv
+            names = ("linear_attn", "self_attn", "conv")
+            attention = next(getattr(loaded.module, n) for n in names if hasattr(loaded.module, n))
             attention.register_forward_pre_hook(self._count, with_kwargs=True)
             return loaded
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_config
 
 from camera_serve.errors import CheckpointError, ServingError, UnsupportedModelError
@@ -48,6 +49,29 @@ def test_a_good_checkpoint_of_every_family_passes(family: str, tmp_path: Path) -
     dense = tiny_models.save(family, tmp_path / "dense")
     pruning.prune(dense, tmp_path / "pruned")
     open_as_vllm_does(tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_vl_moe"])
+def test_layers_are_found_by_the_names_that_vllm_gives_them(family: str, tmp_path: Path) -> None:
+    dense = tiny_models.save(family, tmp_path / "dense")
+    pruning.prune(dense, tmp_path / "pruned")
+    config = open_as_vllm_does(tmp_path / "pruned")
+    # As vLLM's model says: its mapper cannot be imported here, as it asks for torchvision.
+    config.apply_vllm_mapper(
+        WeightsMapper(
+            orig_to_new_prefix={
+                "model.visual.": "visual.",
+                "lm_head.": "language_model.lm_head.",
+                "model.language_model.": "language_model.model.",
+                "mtp.": None,
+            }
+        )
+    )
+    workers = pickle.loads(pickle.dumps(config))
+    found = workers._stored_name("language_model.model.layers.0.mlp")
+    assert found == "model.language_model.layers.0.mlp"
+    assert workers._stored_name("language_model.model.layers.2.mlp.x") is None
+    assert workers._stored_name("visual.blocks.0.mlp") is None
 
 
 def test_config_travels_to_workers(checkpoint: Path) -> None:
