@@ -330,6 +330,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
             "moe_intermediate_size": 48,
             "intermediate_size": 128,
             "mlp_only_layers": [1],
+            "norm_topk_prob": True,
             **_mrope(6, 5, 5),
         },
         "vision_config": {**_VISION, "deepstack_visual_indexes": [0]},

@@ -3,7 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from camera_serve.checkpoint.writer import publish, write_shard, write_text
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.writer import publish, serving_config, write_shard, write_text
+from tests import tiny_models
+from tests.editing import edit_config
 
 
 def test_shards_can_be_read_by_whom_other_files_can(tmp_path: Path) -> None:
@@ -34,3 +37,12 @@ def test_an_output_that_cannot_be_replaced_stays(
     publish(partial, output)
     assert (output / "file").read_text() == "new"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "out"]
+
+
+def test_what_a_family_spells_out_is_said_where_its_text_part_is_described(tmp_path: Path) -> None:
+    path = tiny_models.save("qwen3_vl_moe", tmp_path / "model")
+    said = serving_config(Checkpoint.open(path), None)
+    edit_config(path, lambda config: config["text_config"].pop("norm_topk_prob"))
+    found = serving_config(Checkpoint.open(path), None)
+    assert found["text_config"]["norm_topk_prob"] is True
+    assert found == said

@@ -1,5 +1,6 @@
 """Tiny checkpoints that vLLM's own dense model of every family answers as transformers does."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,14 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 _TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
 # With prefix caching vLLM takes it for granted that such a model has linear attention somewhere.
 _NO_PREFIXES = {"enable_prefix_caching": False}
+HYBRID: dict[str, Any] = {"dtype": "bfloat16", "enable_prefix_caching": True}
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "qwen3_next": _NO_PREFIXES,
     "qwen3_5_moe": _NO_PREFIXES | _TEXT_ONLY,
     "qwen3_5_moe_text": _NO_PREFIXES,
     "qwen3_vl_moe": _TEXT_ONLY,
 }
-"""Arguments of `vllm.LLM` that a family's tiny model wants."""
+"""Arguments of `vllm.LLM` that a family's tiny model wants, and one with linear attention."""
 
 
 def make(
@@ -60,6 +62,29 @@ def make_quantized(family: str, folder: Path, plan: str) -> tuple[Path, torch.nn
     dense = _dense(family, folder)
     quantized.compress(dense, folder / "quantized", plan)
     return folder / "quantized", quantized.dequantized(dense, folder / "quantized")
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """A pruned checkpoint with linear attention, and transformers' models to compare it with."""
+
+    path: Path
+    zeroed: torch.nn.Module
+    original: torch.nn.Module
+
+    def check(self, answers: list[Answer]) -> None:
+        """Served in bfloat16, it answers as the original with zeroed rows, not as the original."""
+        found, other = (_rounding(model, answers) for model in (self.zeroed, self.original))
+        assert found < 0.15
+        assert other > 1
+
+
+def make_hybrid(family: str, folder: Path) -> Hybrid:
+    """A family's tiny model as it is, its attention linear in some layers."""
+    dense = tiny_models.save(family, folder / "dense")
+    kept = pruning.prune(dense, folder / "pruned")
+    original = tiny_models.load(dense, dtype=torch.float32)
+    return Hybrid(folder / "pruned", pruning.zeroed(dense, kept), original)
 
 
 def _dense(family: str, folder: Path) -> Path:
@@ -104,3 +129,18 @@ def difference(answers: list[Answer], wanted: list[torch.Tensor]) -> float:
             same_token = max(abs(value - row[int(token)].item()) for token, value in top.items())
             worst = max(worst, same_rank, same_token)
     return worst
+
+
+@torch.no_grad()
+def _rounding(model: torch.nn.Module, answers: list[Answer]) -> float:
+    """Mean difference of the top-5 log-probabilities to transformers', both after `answers`.
+
+    In bfloat16 another token may be chosen where two are almost as likely.
+    """
+    differences = []
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        tokens = torch.tensor([[*prompt, *answer.tokens[:-1]]])
+        rows = model(tokens).logits[0].float().log_softmax(-1)[-NUM_TOKENS:]
+        for top, row in zip(answer.top, rows, strict=True):
+            differences += [abs(value - row[int(token)].item()) for token, value in top.items()]
+    return sum(differences) / len(differences)

@@ -32,12 +32,18 @@ QUANTIZED = {
 DUMMY = "dummy"
 QUANTIZED_DUMMY = "dummy, 2 bits"
 WIDE = "d_model 1024, groups of 128, in bfloat16"
+HYBRID = "linear attention, in bfloat16"
 
 Served = dict[str, tuple[Result, Path, list[torch.Tensor]]]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> checkpoints.Hybrid:
+    return checkpoints.make_hybrid("qwen3_5_moe", tmp_path_factory.mktemp("hybrid"))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, hybrid: checkpoints.Hybrid) -> Served:
     """All variants, dummy loads and a wider model, one after another in one process."""
     folder = tmp_path_factory.mktemp("families")
     made = {
@@ -59,12 +65,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
         shutil.copytree(path, bare, ignore=shutil.ignore_patterns("*.safetensors*"))
         jobs.append(Job(str(bare), {"load_format": "dummy"}))
     jobs.append(Job(str(_wide(folder)), {"dtype": "bfloat16"}))
+    seeing = checkpoints.ARGUMENTS["qwen3_5_moe"]
+    jobs.append(Job(str(hybrid.path), seeing | checkpoints.HYBRID))
     results = run(jobs, folder)
     served = {
         variant: (result, path, checkpoints.expected(model))
         for (variant, (path, model)), result in zip(made.items(), results, strict=False)
     }
-    others = [*dummies.items(), (WIDE, Path(jobs[-1].model))]
+    others = [*dummies.items(), (WIDE, Path(jobs[-2].model)), (HYBRID, hybrid.path)]
     rest = zip(others, results[len(made) :], strict=True)
     return served | {name: (result, path, []) for (name, path), result in rest}
 
@@ -126,3 +134,10 @@ def test_two_bits_cost_at_most_a_sixth_and_a_half_of_bfloat16(served: Served) ->
 def test_dummy_loading_needs_no_weights(served: Served, name: str) -> None:
     result, _, _ = served[name]
     assert all(len(answer.tokens) == 8 for answer in result.answers)
+
+
+def test_linear_attention_gives_the_original_with_the_same_weights(
+    served: Served, hybrid: checkpoints.Hybrid
+) -> None:
+    result, _, _ = served[HYBRID]
+    hybrid.check(result.answers)
