@@ -194,6 +194,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
             "pos_emb_width": 4,
         },
         "projection_hidden_size": 32,
+        "image_token_id": 3,
         "tie_word_embeddings": False,
     },
     "glm4_moe": {
@@ -221,6 +222,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 64,
         "head_dim": 32,
         "rotary_dim": 16,
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
     },
     "hy_v3": {
         "head_dim": 32,
@@ -343,8 +346,29 @@ _ARCHITECTURES = {
     "phimoe": "PhiMoEForCausalLM",
     "kimi_k25": "KimiK25ForConditionalGeneration",
 }
+# What the published folder says of pictures, of a few patches each.
+_PREPROCESSOR = {
+    "kimi_k25": {
+        "media_proc_cfg": {
+            "patch_size": 14,
+            "merge_kernel_size": 2,
+            "temporal_merge_kernel_size": 4,
+            "in_patch_limit": 16,
+            "in_patch_limit_each_frame": 16,
+            "in_patch_limit_video": 64,
+            "patch_limit_on_one_side": 4,
+            "fixed_output_tokens": None,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+    }
+}
 # Settings that transformers writes and published config.json's of the family do not have.
-_UNPUBLISHED = {"minimax_m2": ("partial_rotary_factor", "rope_parameters")}
+_UNPUBLISHED = {
+    "deepseek_v32": ("layer_types", "mlp_layer_types"),
+    "glm4_moe_lite": ("mlp_layer_types",),
+    "minimax_m2": ("partial_rotary_factor", "rope_parameters"),
+}
 # As published; transformers 5 would write what it cannot read itself.
 _RENAMED = {
     "kimi_k25": (
@@ -432,6 +456,8 @@ def save(
         _rename(path, _RENAMED.get(family, ()))
     _write_config(model, family, path / "config.json")
     tokenizer().save_pretrained(path)
+    if family in _PREPROCESSOR:
+        (path / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSOR[family]))
     return path
 
 

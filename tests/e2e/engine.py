@@ -29,6 +29,7 @@ SECONDS, SECONDS_PER_JOB, MOST_SECONDS = 300, 60, 1500
 """How long a process may take to begin, and an engine to answer; less than pytest's own limit."""
 
 SECONDS_TO_WRITE = 2
+_MODELS = "vllm.model_executor.models"
 Prompts = Sequence[Sequence[int]]
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -258,7 +259,7 @@ def _inspect_here(model: Path) -> None:
 
     (architecture,) = json.loads((model / "config.json").read_text())["architectures"]
     module, name = _VLLM_MODELS[architecture]
-    found = importlib.import_module(f"vllm.model_executor.models.{module}")
+    found = importlib.import_module(module if "." in module else f"{_MODELS}.{module}")
     ModelRegistry.register_model(architecture, getattr(found, name))
 
 

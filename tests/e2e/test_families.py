@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests import pruning, quantized, tiny_models
 from tests.e2e import checkpoints
+from tests.e2e.checkpoints import NOT_ON_CPU
 from tests.e2e.engine import Job, Result, run
 
 pytestmark = pytest.mark.e2e
@@ -20,13 +21,13 @@ def _shared(width: int, expert: int, d_ff: int) -> int:
 
 
 VARIANTS: dict[str, tuple[str, pruning.Widths]] = {
-    **{family: (family, pruning.hostile) for family in tiny_models.FAMILIES},
+    **{family: (family, pruning.hostile) for family in checkpoints.SERVED},
     "shared expert of width 0": ("qwen2_moe", partial(_shared, 0)),
     "shared experts of width 1": ("deepseek", partial(_shared, 1)),
     "no routed expert left": ("qwen2_moe", lambda expert, d_ff: 5 if expert < 0 else 0),
 }
 QUANTIZED = {
-    **{f"{family}, 2 bits": (family, "3:0.2,2:0.6,1:0.2") for family in tiny_models.FAMILIES},
+    **{f"{family}, 2 bits": (family, "3:0.2,2:0.6,1:0.2") for family in checkpoints.SERVED},
     "all bits": ("qwen2_moe", "16:0.1,8:0.1,4:0.2,3:0.1,2:0.2,1:0.1,0:0.2"),
 }
 DUMMY = "dummy"
@@ -65,6 +66,8 @@ def served(tmp_path_factory: pytest.TempPathFactory, hybrid: checkpoints.Hybrid)
         shutil.copytree(path, bare, ignore=shutil.ignore_patterns("*.safetensors*"))
         jobs.append(Job(str(bare), {"load_format": "dummy"}))
     jobs.append(Job(str(_wide(folder)), {"dtype": "bfloat16"}))
+    refused = {family: checkpoints.dense(family, folder / family) for family in NOT_ON_CPU}
+    jobs += [Job(str(path), refused=True) for path in refused.values()]
     seeing = checkpoints.ARGUMENTS["qwen3_5_moe"]
     jobs.append(Job(str(hybrid.path), seeing | checkpoints.HYBRID))
     results = run(jobs, folder)
@@ -72,7 +75,8 @@ def served(tmp_path_factory: pytest.TempPathFactory, hybrid: checkpoints.Hybrid)
         variant: (result, path, checkpoints.expected(model))
         for (variant, (path, model)), result in zip(made.items(), results, strict=False)
     }
-    others = [*dummies.items(), (WIDE, Path(jobs[-2].model)), (HYBRID, hybrid.path)]
+    wide = (WIDE, Path(jobs[len(made) + len(dummies)].model))
+    others = [*dummies.items(), wide, *refused.items(), (HYBRID, hybrid.path)]
     rest = zip(others, results[len(made) :], strict=True)
     return served | {name: (result, path, []) for (name, path), result in rest}
 
@@ -128,6 +132,12 @@ def test_two_bits_cost_at_most_a_sixth_and_a_half_of_bfloat16(served: Served) ->
     # Scales and zeros included: 2 bits on average and 2 * 16 bits for 128 weights, 1/7.1 of 16.
     assert sum(t.nbytes for t in packed.values()) * 6.5 <= before
     assert result.expert_bytes * 6.5 <= before
+
+
+@pytest.mark.parametrize("family", NOT_ON_CPU)
+def test_what_is_not_compared_here_is_not_run_by_vllm_at_all(served: Served, family: str) -> None:
+    result, _, _ = served[family]
+    assert result.error.startswith(NOT_ON_CPU[family])
 
 
 @pytest.mark.parametrize("name", [DUMMY, QUANTIZED_DUMMY])

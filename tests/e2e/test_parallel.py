@@ -16,7 +16,8 @@ EXPERT = {**TENSOR, "enable_expert_parallel": True}
 # vLLM's CPU backend runs pipelines compiled only.
 PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
 
-# With and without shared experts, and the text part of a model that sees pictures. Kept widths are odd, so ranks hold different numbers of rows.
+# With and without shared experts, and the text part of a model that sees pictures. Kept widths are
+# odd, so ranks hold different numbers of rows.
 PRUNED = ("qwen2_moe", "qwen3_moe", "qwen3_vl_moe")
 HYBRID = "qwen3_next, in bfloat16"
 PACKED = "qwen2_moe, all bits"
