@@ -296,6 +296,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 96,
         "layer_types": ["conv", "full_attention", "conv"],
         "routed_scaling_factor": 1.5,
+        "tie_word_embeddings": True,
     },
     "granitemoe": {
         "num_local_experts": 8,

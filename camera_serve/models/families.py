@@ -180,7 +180,8 @@ FAMILIES: dict[str, Family] = {
         top_k_key="moe_k",
         understood=(("use_moe", (True,)), ("moe_norm_min", (1e-12,)), ("use_bias", (False,))),
     ),
-    # vLLM reads the names of the published config.json, which transformers does not know.
+    # vLLM reads names of the published config.json that transformers does not know; its
+    # `sliding_window_size` is that window in some versions of transformers, and one less in others.
     "mimo_v2_flash": Family(
         ("MiMoV2FlashForCausalLM",),
         hf_renames=((".self_attn.attention_sink_bias", ".self_attn.sinks"),),
@@ -192,7 +193,6 @@ FAMILIES: dict[str, Family] = {
                 "hybrid_layer_pattern",
                 lambda text: [int(t == "sliding_attention") for t in text.layer_types],
             ),
-            ("sliding_window_size", lambda text: text.sliding_window),
             ("swa_num_attention_heads", lambda text: text.num_attention_heads),
             ("swa_num_key_value_heads", lambda text: 2 * text.num_key_value_heads),
             ("swa_head_dim", lambda text: text.head_dim),
@@ -224,7 +224,12 @@ FAMILIES: dict[str, Family] = {
             ("attention_bias", (False,)),
         ),
     ),
-    "lfm2_moe": Family(("Lfm2MoeForCausalLM",), _W123),
+    # vLLM takes the embedding for the head, whatever the setting says.
+    "lfm2_moe": Family(
+        ("Lfm2MoeForCausalLM",),
+        _W123,
+        understood=(("tie_word_embeddings", (True,)), ("conv_bias", (False,))),
+    ),
     "granitemoe": Family(
         ("GraniteMoeForCausalLM",),
         hf_renames=(

@@ -78,6 +78,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
         "loaded_weight",
         "loaded_shard_id",
     ),
+    f"{_LAYERS}.linear:ColumnParallelLinear.weight_loader": ("self", "param", "loaded_weight"),
     f"{_LAYERS}.linear:RowParallelLinear.weight_loader": ("self", "param", "loaded_weight"),
 }
 """Functions of vLLM's that its models call, and in whose place ours stand: exactly these."""

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
     LinearBase,
-    MergedColumnParallelLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
@@ -21,13 +21,14 @@ from camera_serve.vllm_plugin.loading import RowLoader, TierCounts, padded_rows,
 class _SharedExpertMethod(UnquantizedLinearMethod):
     """One linear layer of a shared expert.
 
-    counts: `[tiers]` of the one shared MLP; module: `model.layers.3.mlp.shared_expert`. Ranks whose
-    share is smaller than the widest one's are padded with zeros, which add nothing.
+    counts: `[tiers]` of the one shared MLP; module: `model.layers.3.mlp.shared_expert`;
+    projections: those that the layer holds. Ranks whose share is smaller than the widest one's are
+    padded with zeros, which add nothing.
     """
 
-    projections: tuple[Projection, ...]
-
-    def __init__(self, counts: TierCounts, module: str) -> None:
+    def __init__(
+        self, counts: TierCounts, module: str, projections: tuple[Projection, ...]
+    ) -> None:
         super().__init__()
         if len(counts) != 1:
             raise CheckpointError(
@@ -36,6 +37,7 @@ class _SharedExpertMethod(UnquantizedLinearMethod):
             )
         self._counts = counts
         self._module = module
+        self.projections = projections
         self._loader: RowLoader | None = None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -65,13 +67,11 @@ class _SharedExpertMethod(UnquantizedLinearMethod):
 
 
 class SharedGateUpMethod(_SharedExpertMethod):
-    """`gate_up_proj`: gate rows, then up rows."""
-
-    projections = ("gate", "up")
+    """`gate_up_proj`: gate rows, then up rows; or one of the two."""
 
     def create_weights(
         self,
-        layer: MergedColumnParallelLinear,
+        layer: ColumnParallelLinear,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -79,12 +79,12 @@ class SharedGateUpMethod(_SharedExpertMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Allocate `[2 * width, d_model]` of zeros and tell the layer its new sizes."""
-        width = self._prepare(layer, input_size)
-        layer.output_sizes = [width * layer.tp_size] * 2
+        """Allocate `[projections * width, d_model]` of zeros and tell the layer its new sizes."""
+        width, count = self._prepare(layer, input_size), len(self.projections)
+        layer.output_sizes = [width * layer.tp_size] * count
         layer.output_size = sum(layer.output_sizes)
-        layer.output_partition_sizes = [width, width]
-        layer.output_size_per_partition = 2 * width
+        layer.output_partition_sizes = [width] * count
+        layer.output_size_per_partition = count * width
         super().create_weights(
             layer,
             input_size_per_partition,
@@ -96,14 +96,16 @@ class SharedGateUpMethod(_SharedExpertMethod):
         )
         layer.weight.data.zero_()
 
-    def _load(self, param: Parameter, loaded_weight: torch.Tensor, shard_id: int) -> None:
-        self._fill(param.data.unflatten(0, (2, -1))[shard_id], loaded_weight, shard_id)
+    def _load(
+        self, param: Parameter, loaded_weight: torch.Tensor, shard_id: int | None = None
+    ) -> None:
+        index = shard_id or 0
+        rows = param.data.unflatten(0, (len(self.projections), -1))[index]
+        self._fill(rows, loaded_weight, index)
 
 
 class SharedDownMethod(_SharedExpertMethod):
     """`down_proj`, stored as vLLM has it: `[d_model, width]`."""
-
-    projections = ("down",)
 
     def create_weights(
         self,

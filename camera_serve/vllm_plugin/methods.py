@@ -10,13 +10,14 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
+    ReplicatedLinear,
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from camera_serve.checkpoint.format import CameraQuantizationConfig
 from camera_serve.errors import ServingError
-from camera_serve.models import MoeStructure
+from camera_serve.models import MoeStructure, Projection
 from camera_serve.vllm_plugin import contract
 from camera_serve.vllm_plugin.drafts import DRAFT_MODEL, why_no_draft
 from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
@@ -29,6 +30,14 @@ from camera_serve.vllm_plugin.packed_shared import (
 )
 from camera_serve.vllm_plugin.refusals import refuse_settings
 from camera_serve.vllm_plugin.trial import try_layer
+
+_LINEARS: dict[str, tuple[Projection, ...]] = {
+    "gate_up_proj": ("gate", "up"),
+    "gate_proj": ("gate",),
+    "up_proj": ("up",),
+    "down_proj": ("down",),
+}
+"""What each linear layer of vLLM's shared experts holds."""
 
 
 class LayerMethods:
@@ -49,7 +58,7 @@ class LayerMethods:
         self._structure = structure
         self._served_names = served_names
         self._stored_drafts = stored_drafts
-        self._half_built: dict[str, PackedSharedExpert] = {}
+        self._packed: dict[str, PackedSharedExpert] = {}
 
     def of(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Ragged methods for routed and shared experts, vLLM's own for all other layers.
@@ -73,7 +82,7 @@ class LayerMethods:
         served, _, name = module.rpartition(".")
         stored = self._stored_name(served)
         if stored and name == self._structure.shared_expert_name:
-            return self._shared_method(stored, module, linear)
+            return self._shared_method(layer, stored, module, linear)
         return UnquantizedLinearMethod()
 
     def _stored_name(self, served: str) -> str | None:
@@ -81,25 +90,30 @@ class LayerMethods:
         name = self._served_names.get(served, served)
         return name if name in self.quantization.layers else None
 
-    def _shared_method(self, moe_prefix: str, module: str, linear: str) -> LinearMethodBase:
+    def _shared_method(
+        self, layer: LinearBase, moe_prefix: str, module: str, linear: str
+    ) -> LinearMethodBase:
         shared = self.quantization.layout(moe_prefix).shared
-        if linear not in ("gate_up_proj", "down_proj"):
+        projections = _LINEARS.get(linear)
+        if projections is None or isinstance(layer, ReplicatedLinear):
             raise ServingError(
-                f"vLLM builds a shared expert out of {module}.{linear}, wanted gate_up_proj and "
-                "down_proj: start without --model-impl and --model-class-overrides"
+                f"vLLM builds a shared expert out of {module}.{linear}, a {type(layer).__name__}, "
+                f"wanted {', '.join(_LINEARS)} cut for tensor parallelism: start without "
+                "--model-impl and --model-class-overrides"
             )
         if min(self.quantization.bits) < 16:
             packed = PackedDownMethod if linear == "down_proj" else PackedGateUpMethod
-            return packed(self._packed_shared(shared, module))
+            return packed(self._packed_shared(shared, module, linear), projections)
         method = SharedDownMethod if linear == "down_proj" else SharedGateUpMethod
-        return method(shared, module)
+        return method(shared, module, projections)
 
-    def _packed_shared(self, counts: TierCounts, module: str) -> PackedSharedExpert:
-        """The MLP of a linear layer: made for the first of its two, and the second's as well."""
-        expert = self._half_built.pop(module, None)
-        if expert is None:
+    def _packed_shared(self, counts: TierCounts, module: str, linear: str) -> PackedSharedExpert:
+        """The MLP of a linear layer: one for all layers of a module, until it is built again."""
+        expert = self._packed.get(module)
+        if expert is None or linear in expert.layers:
             expert = PackedSharedExpert(counts, self.quantization.tiers, module)
-            self._half_built[module] = expert
+            self._packed[module] = expert
+        expert.layers.add(linear)
         return expert
 
     def _require_draft(self, moe_prefix: str) -> None:

@@ -1,8 +1,8 @@
 """Shared experts with packed tiers in vLLM: one MLP, computed by the routed experts' kernel.
 
-vLLM computes it in three calls: `gate_up_proj`, SiLU·mul, `down_proj`. The kernel takes packed rows
-as they are, but all three at once. So `gate_up_proj` is the whole MLP, and what follows lets its
-output through.
+vLLM computes it in three calls: `gate_up_proj`, SiLU·mul, `down_proj`; some families have a linear
+layer for each of gate and up. The kernel takes packed rows as they are, but all three projections
+at once. So the layer of the up projection is the whole MLP, and the others let its output through.
 """
 
 from collections.abc import Callable
@@ -35,22 +35,24 @@ _OPEN_GATE = 32.0
 
 
 class PackedSharedExpert:
-    """The shared MLP of one layer, run by the kernel once its two linear layers are loaded.
+    """The shared MLP of one layer, run by the kernel once its linear layers are loaded.
 
-    counts: `[1][tiers]`; module: `model.layers.3.mlp.shared_expert`.
+    counts: `[1][tiers]`; module: `model.layers.3.mlp.shared_expert`; `layers` are the linear layers
+    that have it.
     """
 
     def __init__(self, counts: TierCounts, tiers: Tiers, module: str) -> None:
         self.counts = counts
         self.tiers = tiers
         self.module = module
+        self.layers: set[str] = set()
         self._experts: Experts | None = None
         self._loaded: dict[Projection, RankRows] = {}
 
     def add(self, layer: LinearBase, rows: dict[Projection, RankRows], split: RankSplit) -> None:
-        """Take the rows of one of the two linear layers; with both, the kernel gets them.
+        """Take the rows of one of the linear layers; with all of them, the kernel gets them.
 
-        It holds them below `layer`, the second one, and there they stay when vLLM loads others.
+        It holds them below `layer`, the last one, and there they stay when vLLM loads others.
         """
         self._loaded |= rows
         if len(self._loaded) < len(PROJECTIONS):
@@ -70,12 +72,11 @@ class PackedSharedExpert:
 
 
 class PackedLinearMethod(LinearMethodBase):
-    """One of the two linear layers of a shared expert."""
+    """One of the linear layers of a shared expert; projections: those it holds."""
 
-    projections: tuple[Projection, ...]
-
-    def __init__(self, expert: PackedSharedExpert) -> None:
+    def __init__(self, expert: PackedSharedExpert, projections: tuple[Projection, ...]) -> None:
         self._expert = expert
+        self.projections = projections
         self._loader: RowLoader | None = None
 
     def create_weights(
@@ -129,20 +130,18 @@ class PackedLinearMethod(LinearMethodBase):
 
 
 class PackedGateUpMethod(PackedLinearMethod):
-    """`gate_up_proj`, which computes the whole MLP."""
-
-    projections = ("gate", "up")
+    """`gate_up_proj`, or one of the two; the up projection computes the whole MLP."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The MLP's output behind an open gate, `[num_tokens, 2 * d_model]`."""
-        out = self._expert.output(x)
-        return torch.cat([torch.full_like(out, _OPEN_GATE), out / _OPEN_GATE], dim=-1)
+        """`[num_tokens, d_model]` of each projection: an open gate, the MLP's output behind it."""
+        parts = {"gate": torch.full_like(x, _OPEN_GATE)}
+        if "up" in self.projections:
+            parts["up"] = self._expert.output(x) / _OPEN_GATE
+        return torch.cat([parts[projection] for projection in self.projections], dim=-1)
 
 
 class PackedDownMethod(PackedLinearMethod):
     """`down_proj`, which has nothing left to do."""
-
-    projections = ("down",)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: what SiLU·mul makes of `PackedGateUpMethod`'s, the output: `[num_tokens, d_model]`."""

@@ -1,5 +1,6 @@
-"""The two linear layers of a packed shared expert, loaded and called as vLLM does it."""
+"""The linear layers of a packed shared expert, loaded and called as vLLM does it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
+from camera_serve.models import Projection
 from camera_serve.vllm_plugin.packed_shared import (
     PackedDownMethod,
     PackedGateUpMethod,
@@ -16,13 +18,22 @@ from camera_serve.vllm_plugin.packed_shared import (
 from tests.e2e.engine import held_tensors
 from tests.vllm_plugin.experts import Experts
 
-SHARD_IDS = {"w1": 0, "w3": 1, "w2": None}
+MERGED = ("gate_up_proj", "down_proj")
+SEPARATE = ("gate_proj", "up_proj", "down_proj")
+_PROJECTIONS: dict[str, tuple[Projection, ...]] = {
+    "gate_up_proj": ("gate", "up"),
+    "gate_proj": ("gate",),
+    "up_proj": ("up",),
+    "down_proj": ("down",),
+}
+_SHARDS: dict[str, Projection] = {"w1": "gate", "w3": "up", "w2": "down"}
 
 
 class Mlp:
-    """The two linear layers on one rank, ready to serve.
+    """The linear layers on one rank, ready to serve.
 
-    first: which is loaded first; model: who holds the layers, for a test of reloading.
+    first: which is loaded first, the last of them where it is not `down_proj`; model: who holds the
+    layers, for a test of reloading.
     """
 
     def __init__(
@@ -33,15 +44,18 @@ class Mlp:
         first: str = "gate_up_proj",
         without: str = "",
         model: nn.Module | None = None,
+        linears: Sequence[str] = MERGED,
     ) -> None:
         self.layers: dict[str, Any] = {}
         shared = PackedSharedExpert(experts.counts, experts.tiers, "mlp.shared_expert")
         self.methods: dict[str, PackedLinearMethod] = {
-            "gate_up_proj": PackedGateUpMethod(shared),
-            "down_proj": PackedDownMethod(shared),
+            linear: (PackedDownMethod if linear == "down_proj" else PackedGateUpMethod)(
+                shared, _PROJECTIONS[linear]
+            )
+            for linear in linears
         }
         self.act = SiluAndMul()
-        for linear in sorted(self.methods, reverse=first == "gate_up_proj"):
+        for linear in sorted(self.methods, reverse=first != "down_proj"):
             layer = self.layers[linear] = nn.Module()
             layer.tp_size, layer.tp_rank = tp  # type: ignore[assignment]
             layer.quant_method = self.methods[linear]  # type: ignore[assignment]
@@ -53,7 +67,7 @@ class Mlp:
             self.methods[linear].process_weights_after_loading(layer)
 
     def _create(self, experts: Experts, linear: str, dtype: torch.dtype) -> None:
-        inputs, outputs = experts.d_model, [experts.num_rows] * 2
+        inputs, outputs = experts.d_model, [experts.num_rows] * len(_PROJECTIONS[linear])
         if linear == "down_proj":
             inputs, outputs = experts.num_rows, [experts.d_model]
         method, layer = self.methods[linear], self.layers[linear]
@@ -61,13 +75,17 @@ class Mlp:
 
     def load(self, experts: Experts, linear: str, without: str = "") -> None:
         """Call the loaders of one of the layers; `without`: a part that never comes."""
+        projections = _PROJECTIONS[linear]
         for (_, shard, part), tensor in experts.tensors.items():
-            if (shard == "w2") == (linear == "down_proj") and part != without:
+            if _SHARDS[shard] in projections and part != without:
                 param = getattr(self.layers[linear], part)
-                param.weight_loader(param, tensor, SHARD_IDS[shard])
+                index = projections.index(_SHARDS[shard])
+                param.weight_loader(param, tensor, *([index] if len(projections) > 1 else []))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        gate_up = self.methods["gate_up_proj"].apply(self.layers["gate_up_proj"], x)
+        *first, _ = self.methods
+        outputs = [self.methods[linear].apply(self.layers[linear], x) for linear in first]
+        gate_up = torch.cat(outputs, dim=-1)
         return self.methods["down_proj"].apply(self.layers["down_proj"], self.act(gate_up))
 
     @property

@@ -1,6 +1,6 @@
-"""A packed shared expert, loaded and called as vLLM calls its two linear layers."""
+"""A packed shared expert, loaded and called as vLLM calls its linear layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from camera_serve.checkpoint.format import Tiers
 from camera_serve.errors import CheckpointError
 from camera_serve.vllm_plugin.packed_shared import PackedSharedExpert
 from tests.vllm_plugin.experts import random_experts
-from tests.vllm_plugin.shared_mlp import Mlp, exact
+from tests.vllm_plugin.shared_mlp import MERGED, SEPARATE, Mlp, exact
 
 D_MODEL = 64
 TIERS = Tiers((16, 3, 1), 32)
@@ -25,10 +25,13 @@ def vllm_config() -> Iterator[None]:
 
 @pytest.mark.parametrize("counts", [COUNTS, (0, 2, 0), (1, 0, 0)])
 @pytest.mark.parametrize("first", ["gate_up_proj", "down_proj"])
-def test_ranks_add_up_to_the_shared_expert(counts: tuple[int, ...], first: str) -> None:
+@pytest.mark.parametrize("linears", [MERGED, SEPARATE], ids=["merged", "separate"])
+def test_ranks_add_up_to_the_shared_expert(
+    counts: tuple[int, ...], first: str, linears: Sequence[str]
+) -> None:
     experts = random_experts((counts,), TIERS, D_MODEL)
     x = torch.randn(4, D_MODEL)
-    out = sum(Mlp(experts, tp=(2, rank), first=first)(x) for rank in (0, 1))
+    out = sum(Mlp(experts, tp=(2, rank), first=first, linears=linears)(x) for rank in (0, 1))
     # Float32 sums of 64 products of order 1.
     torch.testing.assert_close(out.double(), exact(experts, x), rtol=1e-5, atol=1e-5)
 

@@ -111,7 +111,7 @@ def test_a_shared_expert_of_other_layers_is_named(settings: VllmConfig) -> None:
     name = "model.layers.0.mlp.shared_expert.gate_proj"
     with (
         set_current_vllm_config(settings),
-        pytest.raises(ServingError, match=f"{name}, wanted gate_up_proj and down_proj: start"),
+        pytest.raises(ServingError, match=f"{name}, a ReplicatedLinear, wanted gate_up_proj"),
     ):
         config.get_quant_method(layer_of(ReplicatedLinear), name)
 

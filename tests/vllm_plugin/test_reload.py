@@ -87,7 +87,8 @@ def _one_rank(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_padding_of_shared_experts_is_zero_in_fresh_memory(rank: int) -> None:
     """37 micro-experts on two ranks: one has 18, and vLLM reloads into memory of any content."""
-    layer = fresh_shared_layer(SharedGateUpMethod(((37,),), "mlp.shared_expert"), D_MODEL, 74, rank)
+    method = SharedGateUpMethod(((37,),), "mlp.shared_expert", ("gate", "up"))
+    layer = fresh_shared_layer(method, D_MODEL, 74, rank)
     whole = torch.randn(2, 37, D_MODEL)
     for index, tensor in enumerate(whole):
         layer.weight.weight_loader(layer.weight, tensor, index)
@@ -96,7 +97,13 @@ def test_padding_of_shared_experts_is_zero_in_fresh_memory(rank: int) -> None:
     wanted[:, : end - start] = whole[:, start:end]
     assert layer.weight.unflatten(0, (2, 19)).equal(wanted)
 
-    layer = fresh_shared_layer(SharedDownMethod(((37,),), "mlp.shared_expert"), 37, D_MODEL, rank)
+    method = SharedGateUpMethod(((37,),), "mlp.shared_expert", ("up",))
+    layer = fresh_shared_layer(method, D_MODEL, 37, rank)
+    layer.weight.weight_loader(layer.weight, whole[1])
+    assert layer.weight.equal(wanted[1])
+
+    method = SharedDownMethod(((37,),), "mlp.shared_expert", ("down",))
+    layer = fresh_shared_layer(method, 37, D_MODEL, rank)
     layer.weight.weight_loader(layer.weight, whole[0].t())
     assert layer.weight.equal(wanted[0].t())
 
