@@ -389,11 +389,10 @@ def _may_be_there(name: str, structure: MoeStructure) -> bool:
     stack = structure.layer_prefix(0).removesuffix("layers.0")
     if not name.startswith((stack, "lm_head.")):
         return True
-    layer = structure.layer_number(name)
-    past_the_end = layer is not None and layer >= structure.num_layers
     tied = structure.to_hf_name(name) == "lm_head.weight"
     elsewhere = name.startswith(structure.family.elsewhere)
-    return past_the_end or elsewhere or tied or name.endswith("rotary_emb.inv_freq")
+    alone = tied or elsewhere or name.endswith("rotary_emb.inv_freq")
+    return alone or structure.is_left_out(name)
 
 
 def _is_marked(path: Path) -> bool:

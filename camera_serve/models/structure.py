@@ -32,6 +32,7 @@ class MoeStructure:
 
     `d_ff` and `shared_d_ff` are the original widths (`shared_d_ff` 0: no shared expert);
     `moe_layers` are the decoder layers that hold experts; `modules` is where transformers has them.
+    `left_out` are patterns of what published checkpoints hold and transformers' model does not.
     """
 
     family: Family
@@ -40,6 +41,7 @@ class MoeStructure:
     num_layers: int
     d_model: int
     top_k: int
+    left_out: tuple[str, ...] = ()
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -114,6 +116,16 @@ class MoeStructure:
         """`model.layers.3.mlp.shared_expert.gate_proj`; shared experts never use w1/w2/w3."""
         return f"{self.shared_expert_prefix(layer)}.{projection}_proj"
 
+    def is_left_out(self, name: str) -> bool:
+        """Whether transformers' model has no place for a checkpoint tensor of its family.
+
+        So it is with what drafts the next tokens: a layer past the last one, or a part beside them.
+        """
+        layer = self.layer_number(name)
+        if layer is not None:
+            return layer >= self.num_layers
+        return any(re.search(pattern, self.to_hf_name(name)) for pattern in self.left_out)
+
     def is_routed_expert(self, name: str) -> bool:
         """Whether a checkpoint tensor is one of a routed expert: of 7, not of all of them."""
         layer = self.layer_number(name)
@@ -183,7 +195,8 @@ def describe(config: Config) -> MoeStructure:
     _check_settings(text, config.model_type, family)
     _check_spelled_out(text, config.model_type, family)
     num_layers = whole(text, "num_hidden_layers", most=MOST)
-    modules = find_moe(build_on_meta(config), whole(text, "hidden_size"))
+    model = build_on_meta(config)
+    modules = find_moe(model, whole(text, "hidden_size"))
     if modules is None:
         raise UnsupportedModelError(
             f"this {config.model_type} model has experts in none of {num_layers} layers: it is "
@@ -196,6 +209,7 @@ def describe(config: Config) -> MoeStructure:
         num_layers=num_layers,
         d_model=text.hidden_size,
         top_k=whole(text, family.top_k_key, most=modules.num_experts),
+        left_out=tuple(sorted(model._keys_to_ignore_on_load_unexpected or ())),
     )
 
 

@@ -15,6 +15,7 @@ from camera_serve.errors import CheckpointError
 from tests import tiny_models
 from tests.editing import WEIGHTS, Tensors, edit_weights
 from tests.pruning import structure_of
+from tests.quantized import compress
 
 EXPERTS = "model.layers.1.mlp.experts"
 GATE_UP = f"{EXPERTS}.gate_up_proj"
@@ -212,3 +213,29 @@ def test_names_of_both_forms_are_those_of_the_family(tmp_path: Path) -> None:
     entries = Checkpoint.open(path).entries
     assert f"{structure.moe_prefix(1)}.gate.weight" in entries
     assert f"{structure.expert_prefix(1, 7, 'down')}.weight" in entries
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("hy_v3", "model.layers.2.mlp.experts.3.up_proj.weight"),
+        ("ernie4_5_moe", "model.mtp_block.0.mlp.up_proj.weight"),
+        ("mimo_v2_flash", "model.mtp.layers.0.mlp.up_proj.weight"),
+    ],
+)
+def test_what_drafts_the_next_tokens_is_carried_over(
+    family: str, name: str, tmp_path: Path
+) -> None:
+    path = tiny_models.save(family, tmp_path / "model")
+    draft = torch.randn(48, 64).bfloat16()
+    edit_weights(path, lambda tensors: tensors.update({name: draft}))
+    compress(path, tmp_path / "out", "16:0.5,0:0.5")
+    assert Checkpoint.open(tmp_path / "out").get(name).equal(draft)
+
+
+@pytest.mark.parametrize("name", ["model.mtp_block.0.weight", "model.layers.1.mtp.weight"])
+def test_another_family_s_draft_is_refused(name: str, tmp_path: Path) -> None:
+    path = tiny_models.save("qwen3_moe", tmp_path / "model")
+    edit_weights(path, lambda tensors: tensors.update({name: torch.zeros(2)}))
+    with pytest.raises(CheckpointError, match=f"tensor {re.escape(name)} is not part of"):
+        Checkpoint.open(path)
