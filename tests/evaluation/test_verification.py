@@ -63,17 +63,17 @@ def _others(kept: torch.Tensor, d_ff: int) -> tuple[int, ...]:
     return tuple(sorted(set(range(d_ff)) - set(kept.tolist())))
 
 
-CARRIED = {
-    "qwen3_next": ("mtp.fc.weight", "mtp.layers.0.mlp.experts.3.up_proj.weight"),
-    "qwen3_5_moe": ("mtp.layers.0.mlp.experts.down_proj", "model.visual.pos_embed.weight"),
-    "qwen3_vl_moe": ("model.visual.blocks.0.attn.qkv.weight",),
+PARTS = {
+    "qwen3_next": "mtp.layers.0.mlp.experts.3.up_proj.weight",
+    "qwen3_5_moe": "mtp.layers.0.mlp.experts.down_proj",
+    "qwen3_vl_moe": "model.visual.blocks.0.attn.qkv.weight",
 }
-"""Tensors of no micro-expert of the layers: drafts of the next tokens, what sees pictures."""
+"""A tensor of each family that is of none of its layers: drafts of tokens, what sees pictures."""
 
 
-@pytest.mark.parametrize("name", [name for names in CARRIED.values() for name in names])
-def test_a_part_that_is_carried_over_is_the_original_s(tmp_path: Path, name: str) -> None:
-    (family,) = (family for family, names in CARRIED.items() if name in names)
+@pytest.mark.parametrize("family", PARTS)
+def test_a_family_s_other_parts_are_the_original_s(tmp_path: Path, family: str) -> None:
+    name = PARTS[family]
     model = tiny_models.save(family, tmp_path / "model")
     quantized.compress(model, tmp_path / "out", "16:0.4,2:0.3,0:0.3")
     verify(tmp_path / "out", model)
@@ -81,7 +81,7 @@ def test_a_part_that_is_carried_over_is_the_original_s(tmp_path: Path, name: str
     written = load_file(shard)
     for change, error in (
         (lambda t: t.view(torch.int16).bitwise_xor_(1), rf"{name}, row 0 differs from"),
-        (lambda t: written.pop(name), rf"tensor {name} .* is missing"),
+        (lambda t: written.pop(name), rf"tensor {name} (.* )?is missing"),
     ):
         change(written[name])
         save_file(written, shard, metadata={"format": "pt"})

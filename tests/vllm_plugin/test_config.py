@@ -67,11 +67,11 @@ def test_layers_are_found_by_the_names_that_vllm_gives_them(family: str, tmp_pat
             }
         )
     )
-    workers = pickle.loads(pickle.dumps(config))
-    found = workers._stored_name("language_model.model.layers.0.mlp")
+    methods = pickle.loads(pickle.dumps(config))._methods
+    found = methods._stored_name("language_model.model.layers.0.mlp")
     assert found == "model.language_model.layers.0.mlp"
-    assert workers._stored_name("language_model.model.layers.2.mlp.x") is None
-    assert workers._stored_name("visual.blocks.0.mlp") is None
+    assert methods._stored_name("language_model.model.layers.2.mlp.x") is None
+    assert methods._stored_name("visual.blocks.0.mlp") is None
 
 
 def test_config_travels_to_workers(checkpoint: Path) -> None:
