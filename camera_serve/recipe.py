@@ -2,10 +2,18 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from camera_serve.errors import RecipeError
 
@@ -129,7 +137,7 @@ class Recipe(Settings):
     """Everything that decides the bytes of a compressed checkpoint, besides the model itself.
 
     Version 1 drew other windows of calibration texts above 1.5 million characters; of shorter ones
-    the same.
+    the same. `keep_fp8`: weights outside the experts stay in FP8 where the original has them so.
     """
 
     version: Literal[1, 2] = 2
@@ -140,6 +148,7 @@ class Recipe(Settings):
     group_size: Annotated[int, Field(gt=0)] = 128
     solver: Literal["gptq", "rtn"] = "gptq"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    keep_fp8: bool = False
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -154,9 +163,20 @@ class Recipe(Settings):
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise RecipeError(f"recipe {path} is not YAML: {error}") from error
 
+    @model_serializer(mode="wrap")
+    def _as_older_versions_read_it(
+        self, serialize: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        settings: dict[str, Any] = serialize(self)
+        return settings if self.keep_fp8 else _without(settings, "keep_fp8")
+
     def dump(self) -> str:
         """The recipe as YAML, as `load` reads it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _without(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != key}
 
 
 def _check_neighbours(bits: int) -> None:

@@ -69,7 +69,9 @@ def _dense_expert_shapes(checkpoint: Checkpoint) -> dict[int, Shapes]:
 
 def _dense_bytes(checkpoint: Checkpoint, shapes: Mapping[int, Shapes]) -> int:
     values = sum(torch.Size(shape).numel() for layer in shapes.values() for shape in layer.values())
-    return checkpoint.total_bytes - checkpoint.expert_bytes + values * checkpoint.dtype.itemsize
+    others = checkpoint.entries.keys() - checkpoint.expert_names
+    outside = sum(checkpoint.entries[name].num_bytes for name in others)
+    return outside + values * checkpoint.dtype.itemsize
 
 
 def _write(checkpoint: Checkpoint, shapes: Mapping[int, Shapes], folder: Path) -> None:

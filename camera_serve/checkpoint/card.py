@@ -18,11 +18,11 @@ The original is {original}.
 decoding-time energy on calibration text. This checkpoint holds them by rank under the tier plan
 `{plan}` (bits:share, most important first, 0 bits is removal), so every expert has its own widths.
 
-| | original | this checkpoint |
+| | original{in_16_bits} | this checkpoint |
 |---|---|---|
 | expert weights | {expert_before:.3f} GB | {expert_after:.3f} GB ({expert_saved:.1%} smaller) |
 | whole model | {total_before:.3f} GB | {total_after:.3f} GB ({total_saved:.1%} smaller) |
-
+{published}
 Calibration: {samples} × {seq_len} tokens of `{source}`, α = {alpha}. `camera_recipe.yaml` holds all
 settings, `camera_report.json` the kept widths and the tokens each expert saw.
 
@@ -65,6 +65,7 @@ def model_card(source: Path, report: CompressionReport) -> str:
         seq_len=calibration.seq_len,
         source=", ".join(Path(source).name for source in calibration.sources),
         alpha=report.recipe.alpha,
+        **_stored(report),
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
 
@@ -75,6 +76,15 @@ def _original(report: CompressionReport) -> str:
     page = f"https://huggingface.co/{report.model}"
     commit = f"[`{report.revision}`]({page}/tree/{report.revision})"
     return f"[`{report.model}`]({page}) at commit {commit}"
+
+
+def _stored(report: CompressionReport) -> dict[str, str]:
+    """What is said of an original that is published quantized."""
+    if report.stored is None:
+        return {"in_16_bits": "", "published": ""}
+    size = report.stored.total_bytes / 1e9
+    published = f"\nThe original is published as {report.stored.format}, in {size:.3f} GB.\n"
+    return {"in_16_bits": ", in 16 bits", "published": published}
 
 
 def _what_was_done(report: CompressionReport) -> list[str]:

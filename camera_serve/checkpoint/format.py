@@ -74,6 +74,23 @@ class LayerCounts(Settings):
         return LayerLayout(experts=self.experts, shared=self.shared)
 
 
+class OutsideExperts(Settings):
+    """Linear layers outside the experts that are stored in FP8, as the original has them.
+
+    weight_block_size: rows and columns that share a scale, in `weight_scale_inv`; None for one
+    `weight_scale` per matrix. modules: their checkpoint names (`model.layers.3.self_attn.o_proj`).
+    """
+
+    quant_method: Literal["fp8"] = "fp8"
+    weight_block_size: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
+    modules: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    @property
+    def scale(self) -> str:
+        """What the name of a weight's scales adds to the weight's."""
+        return "_scale_inv" if self.weight_block_size else "_scale"
+
+
 class CameraQuantizationConfig(Settings):
     """The `quantization_config` of a compressed checkpoint."""
 
@@ -83,6 +100,7 @@ class CameraQuantizationConfig(Settings):
     bits: tuple[int, ...]
     layers: dict[str, LayerCounts]
     recipe: Recipe
+    outside_experts: OutsideExperts | None = None
 
     @model_validator(mode="after")
     def _bits_are_served(self) -> Self:
@@ -111,7 +129,7 @@ class CameraQuantizationConfig(Settings):
         """What config.json of a compressed checkpoint says beside the original's settings."""
         return {
             "transformers_weights": NO_PLAIN_TRANSFORMERS,
-            "quantization_config": self.model_dump(mode="json"),
+            "quantization_config": self.model_dump(mode="json", exclude_none=True),
         }
 
     def layout(self, moe_prefix: str) -> LayerLayout:

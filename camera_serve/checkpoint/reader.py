@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
+from camera_serve.checkpoint.entries import DTYPES, TensorEntry
 from camera_serve.checkpoint.files import (
     INDEX,
     is_left_out,
@@ -23,10 +25,18 @@ from camera_serve.checkpoint.format import (
     MARKER,
     MARKER_FILE,
     CameraQuantizationConfig,
+    OutsideExperts,
     Shapes,
     checkpoint_shapes,
 )
-from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport
+from camera_serve.checkpoint.originals import (
+    StoredQuantization,
+    check_experts,
+    coded_entries,
+    parse,
+    storage_of,
+)
+from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport, StoredOriginal
 from camera_serve.errors import (
     CheckpointError,
     DamagedWeightsError,
@@ -37,48 +47,24 @@ from camera_serve.errors import (
 )
 from camera_serve.models import MoeStructure, describe
 from camera_serve.models.families import FAMILIES, MOST, require_transformers
+from camera_serve.models.formats import FLOATS
 from camera_serve.models.registration import register_configs
 from camera_serve.models.storage import Index, are_transposed, logical_tensors
 from camera_serve.recipe import describe_errors
 
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I32": torch.int32,
-}
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""Where config.json may say how weights are quantized; the second is an older name."""
 
 _DEPTHS = ("num_hidden_layers", "depth")
 """Settings that say how many layers there are, in a text part and in one that sees pictures."""
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies and what it is, from the safetensors header alone.
-
-    It is `stored[index]` of the tensor named `stored` in `file`, or the transpose of that; all of
-    it when `index` is empty.
-    """
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    stored: str
-    index: Index = ()
-    transposed: bool = False
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A Hugging Face folder of a supported MoE model, dense or compressed.
 
-    `raw_config` is config.json as it stands; `quantization` is None for a dense checkpoint.
+    `raw_config` is config.json as it stands; `quantization` is None for a dense checkpoint,
+    `storage` for one whose weights are stored as they are.
     `entries` are logical tensors (`camera_serve.models.storage`), however the files store them.
     """
 
@@ -88,6 +74,7 @@ class Checkpoint:
     structure: MoeStructure
     quantization: CameraQuantizationConfig | None
     entries: Mapping[str, TensorEntry]
+    storage: StoredQuantization | None = None
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -106,9 +93,7 @@ class Checkpoint:
         """Like `open`, without comparing tensors to the config."""
         raw = read_json(path / "config.json")
         with naming(path / "config.json"):
-            quantization = _quantization(raw)
-            if quantization is None and _is_marked(path):
-                raise CheckpointError(LOST)
+            quantization, storage = _quantization(raw, path)
             config = load_config(path, raw)
             structure = describe(config)
             if quantization:
@@ -116,15 +101,27 @@ class Checkpoint:
         weights = _weight_files(path)
         refuse_pointers(path, [*weights, *(path / file for file in side_files(path))])
         entries = read_headers(weights)
+        _check_index(path, entries)
+        if storage:
+            entries = coded_entries(entries, storage, _dtype(config))
+        elif quantization and quantization.outside_experts:
+            entries = _with_kept(entries, quantization.outside_experts, _dtype(config))
+        elif quantization is None:
+            _refuse_codes(entries)
         if quantization is None:
             entries = logical_entries(entries, structure, path)
-        return cls(path, raw, config, structure, quantization, entries)
+        if storage:
+            experts = ((n, e) for n, e in entries.items() if structure.is_expert(n))
+            check_experts(experts, storage)
+        return cls(path, raw, config, structure, quantization, entries, storage)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype most weights are stored in, as config.json says (bfloat16 when it does not)."""
-        found = self.config.dtype or self.config.get_text_config().dtype or torch.bfloat16
-        return found if isinstance(found, torch.dtype) else getattr(torch, str(found))
+        """The dtype most weights are stored in, as config.json says (bfloat16 when it does not).
+
+        Quantized weights are decoded into it.
+        """
+        return _dtype(self.config)
 
     @cached_property
     def expected_shapes(self) -> Shapes:
@@ -144,38 +141,43 @@ class Checkpoint:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of all expert weights, shared experts included."""
+        """Bytes of all expert weights, shared experts included, decoded."""
         return sum(self.entries[name].num_bytes for name in self.expert_names)
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.num_bytes for entry in self.entries.values())
+        """Bytes of all tensors: of an original decoded, of an output of compress as stored."""
+        entries = self.entries.values()
+        return sum(e.stored_bytes if self.quantization else e.num_bytes for e in entries)
+
+    @property
+    def stored(self) -> StoredOriginal | None:
+        """What the weights of a quantized original take in its files."""
+        if self.storage is None:
+            return None
+        return StoredOriginal(
+            format=self.storage.title,
+            expert_bytes=sum(self.entries[name].stored_bytes for name in self.expert_names),
+            total_bytes=sum(entry.stored_bytes for entry in self.entries.values()),
+        )
+
+    @property
+    def weight_files(self) -> frozenset[Path]:
+        """The files that tensors are read from, their scales included."""
+        entries = self.entries.values()
+        coded = (entry.coding.parts.values() for entry in entries if entry.coding)
+        return frozenset(entry.file for entry in chain(entries, *coded))
 
     def check_tensors(self) -> None:
         """Refuse a missing, misshapen or unknown tensor, by name."""
         shapes = {name: entry.shape for name, entry in self.entries.items()}
         check_shapes(shapes, self.expected_shapes, self.structure, self.path)
-        self._check_index()
         for name, entry in self.entries.items():
             wanted = stored_dtypes(name)
             if entry.dtype not in wanted:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} is stored as {entry.dtype}, wanted "
                     f"{' or '.join(wanted)}"
-                )
-
-    def _check_index(self) -> None:
-        """Refuse an index of other tensors: config.json knows nothing of those that are carried."""
-        index = self.path / INDEX
-        if not index.exists():
-            return
-        stored = {entry.stored for entry in self.entries.values()}
-        for name, file in _weight_map(index).items():
-            if name not in stored:
-                raise CheckpointError(
-                    f"{self.path / file}: tensor {name} is missing, and {INDEX} names it: copy "
-                    "both files again from where they came from"
                 )
 
     def require_dense(self) -> None:
@@ -187,18 +189,14 @@ class Checkpoint:
             )
 
     def get(self, name: str) -> torch.Tensor:
-        """Read one tensor onto the CPU, in its stored dtype; NaN or Inf raise `CheckpointError`."""
+        """Read one tensor onto the CPU; NaN or Inf raise `CheckpointError`.
+
+        In its stored dtype, or decoded into the checkpoint's where it is stored quantized.
+        """
         entry = self.entries[name]
-        try:
-            tensor = self._handle(entry.file).get_slice(entry.stored)[entry.index]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{entry.file}: {name} cannot be read: {error}") from error
-        if name.endswith(".scales") and not (tensor > 0).all():
-            bad = int((~(tensor > 0)).sum())
-            raise DamagedWeightsError(
-                f"{entry.file}: {name} holds {bad} scales of {tensor.numel()} that are not "
-                "positive: the file is damaged; copy or compress the checkpoint again"
-            )
+        tensor = self._decoded(name, entry) if entry.coding else self._read(entry, entry.index)
+        if name.endswith(".scales"):
+            _refuse_scales(entry.file, name, tensor, "copy or compress the checkpoint again")
         if not _all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise DamagedWeightsError(
@@ -206,6 +204,44 @@ class Checkpoint:
                 "file again from where it came from, or repair the weights"
             )
         return tensor.mT if entry.transposed else tensor
+
+    def read(self, part: TensorEntry) -> torch.Tensor:
+        """One stored tensor, whole and as it is: for the parts of a weight that is not decoded."""
+        return self._read(part, ())
+
+    def _decoded(self, name: str, entry: TensorEntry) -> torch.Tensor:
+        """A weight of an original that is stored quantized."""
+        coding = entry.coding
+        assert coding
+        format_ = coding.format
+        parts = {
+            suffix: self._read(part, entry.index if suffix == format_.codes else entry.index[:1])
+            for suffix, part in coding.parts.items()
+        }
+        if "_shape" in parts and parts["_shape"].tolist() != list(coding.shape):
+            raise DamagedWeightsError(
+                f"{entry.file}: {coding.parts['_shape'].stored} says that {name} has shape "
+                f"{parts['_shape'].tolist()}, its other parts {list(coding.shape)}: the file is "
+                "damaged; download it again"
+            )
+        scales = format_.scales(parts)
+        for suffix, scale in scales.items():
+            part = coding.parts[suffix]
+            zero = suffix in format_.zero_scales
+            _refuse_scales(part.file, part.stored, scale, "download the file again", zero=zero)
+        rows = entry.index[1:]
+        first_row = rows[0].start if rows and isinstance(rows[0], slice) else 0
+        decoded = format_.decode({**parts, **scales}, first_row)
+        return decoded.to(DTYPES[entry.dtype])
+
+    def _read(self, entry: TensorEntry, index: Index) -> torch.Tensor:
+        """A part of a tensor as it is stored."""
+        try:
+            return self._handle(entry.file).get_slice(entry.stored)[index]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{entry.file}: {entry.stored} cannot be read: {error}"
+            ) from error
 
     def release(self) -> None:
         """Unmap the weight files: pages once read count as this process's memory until then."""
@@ -248,6 +284,52 @@ def _refuse_countless_layers(raw: Mapping[str, Any]) -> None:
     for value in raw.values():
         if isinstance(value, dict):
             _refuse_countless_layers(value)
+
+
+def _dtype(config: PreTrainedConfig) -> torch.dtype:
+    found = config.dtype or config.get_text_config().dtype or torch.bfloat16
+    return found if isinstance(found, torch.dtype) else getattr(torch, str(found))
+
+
+def _with_kept(
+    stored: Mapping[str, TensorEntry], outside: OutsideExperts, dtype: torch.dtype
+) -> dict[str, TensorEntry]:
+    """The tensors of an output, with the weights that stayed in FP8 as what they stand for."""
+    weights = {f"{module}.weight" for module in outside.modules}
+    kept = {name: e for name, e in stored.items() if name.removesuffix(outside.scale) in weights}
+    decoded = coded_entries(kept, storage_of(outside), dtype)
+    for name in sorted(weights):
+        entry = decoded.get(name)
+        if entry is None or entry.coding is None:
+            found = f"is stored as {entry.dtype}" if entry else "is missing"
+            raise CheckpointError(
+                f"tensor {name} {found}, but quantization_config lists its module among "
+                "outside_experts, which are stored in FP8: copy the checkpoint again"
+            )
+    return {name: entry for name, entry in stored.items() if name not in kept} | decoded
+
+
+def _refuse_codes(entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse quantized weights that no `quantization_config` explains."""
+    for name, entry in entries.items():
+        if entry.dtype not in (*FLOATS, "I32"):
+            raise UnsupportedModelError(
+                f"{entry.file}: {name} is stored as {entry.dtype}, and config.json has no "
+                "quantization_config that says what it stands for: restore that file, or start "
+                "from the 16-bit checkpoint"
+            )
+
+
+def _refuse_scales(
+    file: Path, name: str, scales: torch.Tensor, remedy: str, *, zero: bool = False
+) -> None:
+    """Raise `DamagedWeightsError` unless all are positive and finite, or 0 where they may be."""
+    good = ((scales >= 0) if zero else (scales > 0)) & scales.isfinite()
+    if not good.all():
+        raise DamagedWeightsError(
+            f"{file}: {name} holds {int((~good).sum())} scales of {scales.numel()} that are not "
+            f"positive: the file is damaged; {remedy}"
+        )
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
@@ -332,10 +414,14 @@ def logical_entries(
     experts of another shape.
     """
     transposed = are_transposed({name: entry.shape for name, entry in stored.items()}, structure)
+    if transposed and (coded := next((e for e in stored.values() if e.coding), None)):
+        raise UnsupportedModelError(
+            f"{path} stores experts fused, transposed and quantized ({coded.stored}): not read"
+        )
     found = [
         (part.name, replace(entry, shape=part.shape, index=part.index, transposed=part.transposed))
-        for entry in stored.values()
-        for part in logical_tensors(entry.stored, entry.shape, entry.file, structure, transposed)
+        for stored_name, entry in stored.items()
+        for part in logical_tensors(stored_name, entry.shape, entry.file, structure, transposed)
     ]
     experts = (part for name, part in found if structure.is_routed_expert(name))
     forms = {bool(part.index): part.stored for part in experts}
@@ -358,8 +444,7 @@ def logical_entries(
 def stored_dtypes(name: str) -> tuple[str, ...]:
     """The dtypes a tensor may have: packed codes are int32, their grids float16, weights floats."""
     packed = {"qweight": ("I32",), "scales": ("F16",), "zeros": ("F16",)}
-    floats = tuple(dtype for dtype in DTYPES if dtype != "I32")
-    return packed.get(name.rpartition(".")[2], floats)
+    return packed.get(name.rpartition(".")[2], FLOATS)
 
 
 def check_shapes(found: Shapes, wanted: Shapes, structure: MoeStructure, path: Path) -> None:
@@ -395,22 +480,33 @@ def _may_be_there(name: str, structure: MoeStructure) -> bool:
     return alone or structure.is_left_out(name)
 
 
-def _is_marked(path: Path) -> bool:
-    """Whether `compress` wrote this folder, whatever its config.json says now."""
-    marker = path / MARKER_FILE
-    return marker.is_file() and read_json(marker) == MARKER
-
-
-def _quantization(raw: Mapping[str, Any]) -> CameraQuantizationConfig | None:
-    data = raw.get("quantization_config")
+def _quantization(
+    raw: Mapping[str, Any], path: Path
+) -> tuple[CameraQuantizationConfig | None, StoredQuantization | None]:
+    """What config.json says of our compression, or of how an original is quantized."""
+    data = stored_quantization(raw, path)
     if data is None:
-        return None
-    method = data.get("quant_method") if isinstance(data, dict) else data
-    if method != "camera":
-        raise UnsupportedModelError(
-            f"the model is already quantized with {method!r}: start from its 16-bit checkpoint"
-        )
-    return CameraQuantizationConfig.parse(data)
+        return None, None
+    if isinstance(data, dict) and data.get("quant_method") == "camera":
+        return CameraQuantizationConfig.parse(data), None
+    return None, parse(data)
+
+
+def stored_quantization(raw: Mapping[str, Any], path: Path) -> Any:
+    """The `quantization_config` in config.json, or of its text model, or beside it; None for none.
+
+    Raises `CheckpointError` where `compress` wrote the folder, and config.json has lost it.
+    """
+    text = raw.get("text_config")
+    for config in (raw, text if isinstance(text, dict) else {}):
+        for key in QUANTIZATION_KEYS:
+            if config.get(key) is not None:
+                return config[key]
+    beside = path / MARKER_FILE
+    found = read_json(beside) if beside.is_file() else {}
+    if found == MARKER:
+        raise CheckpointError(LOST)
+    return found if "quantization" in found else None
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -443,6 +539,17 @@ def _other_weights(path: Path, others: list[str]) -> str:
     if others:
         return f" of a whole model in the Hugging Face format, only {others[0]}: download that"
     return ""
+
+
+def _check_index(path: Path, stored: Mapping[str, TensorEntry]) -> None:
+    """Refuse an index of other tensors: config.json knows nothing of those that are carried."""
+    index = path / INDEX
+    for name, file in _weight_map(index).items() if index.exists() else ():
+        if name not in stored:
+            raise CheckpointError(
+                f"{path / file}: tensor {name} is missing, and {INDEX} names it: copy both files "
+                "again from where they came from"
+            )
 
 
 def _weight_map(index: Path) -> dict[str, str]:

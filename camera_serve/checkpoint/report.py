@@ -33,8 +33,19 @@ class LayerReport(Settings):
         return tuple(e for e, tokens in enumerate(self.tokens_per_expert) if tokens == 0)
 
 
+class StoredOriginal(Settings):
+    """How an original that is published quantized takes fewer bytes in its files."""
+
+    format: str
+    expert_bytes: Count
+    total_bytes: Count
+
+
 class CompressionReport(Settings):
-    """A whole compression. Shares are of micro-experts (λ) and of all stored bytes.
+    """A whole compression. Shares are of micro-experts (λ) and of all bytes.
+
+    Bytes before are those of the original's weights in 16 bits; `stored` tells what it takes in its
+    files where it is published quantized.
 
     `sha256` is of each file that an engine reads, in hexadecimal: weights, config.json, tokenizer.
     Reports of older versions have those of weights alone, or none.
@@ -52,6 +63,7 @@ class CompressionReport(Settings):
     total_bytes_before: Annotated[int, Field(gt=0)]
     total_bytes_after: Count
     layers: tuple[LayerReport, ...]
+    stored: StoredOriginal | None = None
     sha256: Mapping[FileName, Sha256] = {}
     skipped: Mapping[str, Count] = {}
 

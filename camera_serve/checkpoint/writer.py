@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from camera_serve.checkpoint.files import INDEX, side_files
 from camera_serve.checkpoint.format import NO_PLAIN_TRANSFORMERS, CameraQuantizationConfig
-from camera_serve.checkpoint.reader import Checkpoint, read_json
+from camera_serve.checkpoint.reader import QUANTIZATION_KEYS, Checkpoint, read_json
 from camera_serve.checkpoint.report import REPORT_FILE
 from camera_serve.errors import OutputError
 
@@ -154,7 +154,7 @@ def _text_key(config: PreTrainedConfig) -> str | None:
 
 
 def _of_the_original(config: Mapping[str, Any]) -> dict[str, Any]:
-    dropped = ("quantization_config", "transformers_weights")
+    dropped = ("transformers_weights", *QUANTIZATION_KEYS)
     return {key: value for key, value in _without_code(config).items() if key not in dropped}
 
 

@@ -18,7 +18,7 @@ from camera_serve.cli.progress import shown_progress
 from camera_serve.errors import quoted
 
 if TYPE_CHECKING:
-    from camera_serve.checkpoint.report import CompressionReport
+    from camera_serve.checkpoint.report import CompressionReport, StoredOriginal
     from camera_serve.compression.sizing import Estimate
     from camera_serve.recipe import Recipe
 
@@ -75,6 +75,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="How codes are chosen: gptq, or rtn (round to nearest).",
 )
+@click.option(
+    "--keep-fp8",
+    is_flag=True,
+    help="Of a model that is published in FP8, keep what is outside the experts in FP8; else it is "
+    "written in 16 bits.",
+)
 @with_flags(CALIBRATION_FLAGS)
 @with_flags(RUN_FLAGS)
 @click.option("--dry-run", is_flag=True, help="Print sizes, memory, disk and time; write nothing.")
@@ -122,6 +128,7 @@ def _estimate_summary(estimate: "Estimate") -> str:
     lines = [
         ("expert weights", experts + human_bytes(estimate.expert_bytes_after)),
         ("checkpoint", human_bytes(estimate.output_bytes)),
+        *_stored_lines(estimate.stored, estimate.output_bytes),
         ("peak memory", f"{human_bytes(estimate.peak_memory_bytes)}, beside Python and torch"),
         ("  one layer", ", ".join(f"{human_bytes(size)} {what}" for size, what in parts)),
     ]
@@ -141,6 +148,8 @@ def _summary(report: "CompressionReport", output: Path) -> str:
     experts = _change(report.expert_bytes_before, report.expert_bytes_after)
     total = _change(report.total_bytes_before, report.total_bytes_after)
     lines = [f"{'expert weights':<15} {experts}", f"{'all weights':<15} {total}"]
+    stored = _stored_lines(report.stored, report.total_bytes_after)
+    lines += [f"{name:<15} {value}" for name, value in stored]
     lines += [skipped_line(report.skipped)] if report.skipped else []
     more = "give more calibration text if they matter"
     if unseen := [len(r.unseen_experts) for r in report.layers if r.unseen_experts]:
@@ -156,6 +165,23 @@ def _summary(report: "CompressionReport", output: Path) -> str:
         )
     lines.append(f"wrote {output}; next: vllm serve {quoted(output)}")
     return "\n".join(lines)
+
+
+def _stored_lines(stored: "StoredOriginal | None", after: int) -> list[tuple[str, str]]:
+    """What an original that is published quantized takes in its files, beside its 16-bit size."""
+    if stored is None:
+        return []
+    share = after / stored.total_bytes - 1
+    change = f"{percent(abs(share))} {'larger' if share > 0 else 'smaller'} than that"
+    return [
+        ("published as", f"{stored.format}; above it is counted in 16 bits"),
+        (
+            "  bytes",
+            f"{human_bytes(stored.total_bytes)}, {human_bytes(stored.expert_bytes)} of them "
+            "in experts",
+        ),
+        ("  checkpoint", change),
+    ]
 
 
 def _change(before: int, after: int) -> str:

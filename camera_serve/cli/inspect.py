@@ -36,7 +36,9 @@ def inspect(model: str, as_json: bool) -> None:
 
 
 def _summary(inspection: "Inspection") -> str:
-    plan = inspection.plan or "none: a dense checkpoint"
+    stored = inspection.stored
+    published = f", published as {stored.format}" if stored else ""
+    plan = inspection.plan or f"none: a dense checkpoint{published}"
     lines = (
         ("checkpoint", inspection.path),
         ("model", _model(inspection)),
@@ -65,7 +67,10 @@ def _removed(inspection: "Inspection") -> str:
 def _sizes(inspection: "Inspection") -> str:
     total, experts = inspection.total_bytes, inspection.expert_bytes
     bits = f"{inspection.bits_per_weight:.2f} bits per weight, scales and zeros counted"
-    return f"{human_bytes(total)} in all, {human_bytes(experts)} in experts: {bits}"
+    sizes = f"{human_bytes(total)} in all, {human_bytes(experts)} in experts: {bits}"
+    if stored := inspection.stored:
+        sizes += f"; {human_bytes(stored.total_bytes)} in all as published"
+    return sizes
 
 
 def _layer_table(inspection: "Inspection") -> str:

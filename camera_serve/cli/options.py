@@ -20,7 +20,7 @@ SOLVERS = ("gptq", "rtn")
 
 _DECIDED_BY_RECIPE = (
     *("alpha", "calibration", "samples", "seq_len", "seed", "dtype"),
-    *("align", "group_size", "solver"),
+    *("align", "group_size", "solver", "keep_fp8"),
 )
 _BESIDE_RECIPE = (
     "is decided by the file of --recipe: change it there, or give the settings as flags without "
@@ -139,7 +139,7 @@ def recipe_from(ctx: click.Context) -> "Recipe":
     if given == ["recipe"]:
         _refuse(ctx, _DECIDED_BY_RECIPE, _BESIDE_RECIPE)
         return Recipe.load(flags["recipe"])
-    own = {name: flags[name] for name in ("align", "group_size", "solver")}
+    own = {name: flags[name] for name in ("align", "group_size", "solver", "keep_fp8")}
     plan = _plan(flags)
     if not plan.quantized:
         _refuse(ctx, ["group_size", "solver"], _NOTHING_PACKED)

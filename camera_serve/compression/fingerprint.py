@@ -114,7 +114,7 @@ def _samples(name: str, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _model_files(checkpoint: Checkpoint) -> dict[str, str]:
-    weights = sorted({entry.file for entry in checkpoint.entries.values()})
+    weights = sorted(checkpoint.weight_files)
     # A network's file system answers many small reads at once as fast as one.
     with ThreadPoolExecutor(max_workers=16) as pool:
         digests = dict(zip(weights, pool.map(weights_digest, weights), strict=True))
@@ -126,6 +126,7 @@ def _model_files(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _settings(recipe: Recipe) -> dict[str, str]:
     """The recipe without the place of the calibration text: its tokens count."""
+    # Without `keep_fp8` where it is not asked for: older runs have recorded none.
     parts = recipe.model_dump(mode="json") | {"plan": str(recipe.plan)}
     calibration = parts.pop("calibration")
     del calibration["source"]

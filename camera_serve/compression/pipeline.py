@@ -19,8 +19,10 @@ from camera_serve.checkpoint.format import (
     MARKER_FILE,
     CameraQuantizationConfig,
     LayerCounts,
+    OutsideExperts,
 )
 from camera_serve.checkpoint.hub import origin_of, resolve
+from camera_serve.checkpoint.kept import kept_in_fp8, saved_bytes, stored_parts, weights_of
 from camera_serve.checkpoint.lock import sole_writer
 from camera_serve.checkpoint.reader import Checkpoint, read_json
 from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport, LayerReport
@@ -59,6 +61,7 @@ class _Run:
     workspace: Workspace
     shards: ShardPlan
     skipped: Mapping[str, int]
+    kept: OutsideExperts | None
 
 
 def estimate(model: str | Path, recipe: Recipe, *, device: str = "auto") -> Estimate:
@@ -100,6 +103,7 @@ def compress(
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
     check_fits(checkpoint, recipe)
+    kept = kept_in_fp8(checkpoint) if recipe.keep_fp8 else None
     target = pick_device(device)
     dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
     with sole_writer(output, "compress"):
@@ -119,7 +123,7 @@ def compress(
             if not goes_on:
                 workspace.record(print_)
             stream, shards = ModelStream(checkpoint, target, dtype), ShardPlan(checkpoint)
-            run = _Run(checkpoint, recipe, stream, workspace, shards, windows.skipped)
+            run = _Run(checkpoint, recipe, stream, workspace, shards, windows.skipped, kept)
             reporter = Reporter(checkpoint.structure.num_layers, target, on_progress)
             try:
                 with run_log(workspace.path / LOG_FILE):
@@ -213,13 +217,13 @@ def _compress_layer(
     """Algorithm 2 and 3, the body of the loop; returns the input of the next layer."""
     names = run.shards.shards[layer + 1]
     if loaded.experts is None:
-        tensors = _read(run.checkpoint, names)
+        tensors = _read(run, names)
         result = LayerResult(names=tuple(tensors))
     else:
         compressed = compress_layer(run.stream, layer, loaded, hidden, run.recipe)
         loaded = compressed.loaded
         rest = [name for name in names if name not in run.checkpoint.expert_names]
-        tensors = _read(run.checkpoint, rest) | compressed.tensors
+        tensors = _read(run, rest) | compressed.tensors
         result = _layer_result(run.checkpoint.structure.moe_prefix(layer), tensors, compressed)
     result = result.model_copy(update={"sha256": _write(run, layer + 1, tensors)})
     output = run.stream.run(layer, loaded, hidden)
@@ -234,8 +238,15 @@ def _write(run: _Run, shard: int, tensors: Mapping[str, torch.Tensor]) -> str:
     return sha256_of(file)
 
 
-def _read(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.Tensor]:
-    tensors = {name: checkpoint.get(name) for name in names}
+def _read(run: _Run, names: list[str]) -> dict[str, torch.Tensor]:
+    """Tensors outside the experts, as they are written."""
+    checkpoint, kept = run.checkpoint, weights_of(run.kept)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        if run.kept and name in kept:
+            tensors |= stored_parts(checkpoint, name, run.kept)
+        else:
+            tensors[name] = checkpoint.get(name)
     checkpoint.release()
     return tensors
 
@@ -290,7 +301,7 @@ def _write_rest(run: _Run, print_: dict[str, str]) -> CompressionReport:
         for shard, result in enumerate(results, start=1)
     }
     for shard in (0, *range(num_layers + 1, len(names))):
-        sha256[shard] = _write(run, shard, _read(checkpoint, names[shard]))
+        sha256[shard] = _write(run, shard, _read(run, names[shard]))
     copy_side_files(checkpoint.path, folder)
     files = {shards.file_name(shard): held for shard, held in enumerate(names)}
     by_file = {file: sha256[shard] for shard, file in enumerate(files)}
@@ -303,6 +314,7 @@ def _write_rest(run: _Run, print_: dict[str, str]) -> CompressionReport:
         group_size=run.recipe.group_size,
         layers={r.report.layer: r.counts for r in results if r.report and r.counts},
         recipe=run.recipe,
+        outside_experts=run.kept,
     )
     write_json(folder / MARKER_FILE, MARKER)
     write_json(folder / "config.json", serving_config(checkpoint, quantization))
@@ -315,7 +327,8 @@ def _write_rest(run: _Run, print_: dict[str, str]) -> CompressionReport:
 def _report(run: _Run, print_: dict[str, str], results: list[LayerResult]) -> CompressionReport:
     origin = origin_of(run.checkpoint.path)
     before, after = run.checkpoint, sum(result.expert_bytes for result in results)
-    stored = sum(before.entries[name].num_bytes for shard in run.shards.shards for name in shard)
+    written = [name for shard in run.shards.shards for name in shard]
+    stored = sum(before.entries[name].num_bytes for name in written) - saved_bytes(before, run.kept)
     return CompressionReport(
         model=origin.name,
         revision=origin.revision,
@@ -327,4 +340,5 @@ def _report(run: _Run, print_: dict[str, str], results: list[LayerResult]) -> Co
         total_bytes_before=before.total_bytes,
         total_bytes_after=stored - before.expert_bytes + after,
         layers=tuple(result.report for result in results if result.report),
+        stored=before.stored,
     )

@@ -1,13 +1,18 @@
 """What a compression will write, hold and take, for `--dry-run` and the disk check."""
 
+import math
 import time
 from collections import Counter
+from typing import Literal
 
 import torch
 
 from camera_serve.calibration.streaming import TOKENS_PER_BATCH, layers_at_once
+from camera_serve.checkpoint.entries import DTYPES
 from camera_serve.checkpoint.format import check_groups
-from camera_serve.checkpoint.reader import DTYPES, Checkpoint
+from camera_serve.checkpoint.kept import kept_in_fp8, saved_bytes
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.report import StoredOriginal
 from camera_serve.compression.quantize.cost import SolveSize, solve_seconds
 from camera_serve.models import MoeStructure
 from camera_serve.models.structure import PROJECTIONS
@@ -17,6 +22,10 @@ from camera_serve.ranking.energy import ROWS_AT_ONCE
 from camera_serve.recipe import Recipe, Settings
 from camera_serve.runtime import compute_dtype
 
+DECODING = 16
+"""Bytes that a weight takes at most while it is decoded: its codes as integers, in float32, and in
+the dtype of the model."""
+
 
 class Estimate(Settings):
     """Bytes are exact for the output, upper estimates for memory; seconds are a rough guide.
@@ -24,6 +33,7 @@ class Estimate(Settings):
     Memory is what a run takes beside Python and torch, a GPU's included. Parts of the peak:
     `layer_bytes`, the largest decoder layer in the dtype of the run; `mapped_bytes`, the same in
     the model's files, whose pages the system may take back, both for each of `layers_at_once`;
+    `decoding_bytes`, the largest weight while it is decoded, 0 where none is stored quantized;
     `tier_bytes`, a layer's experts as they will be stored; `solver_bytes`, the solves of
     `experts_at_once` of a layer's `num_experts` experts (both 0 where nothing is packed).
     """
@@ -37,12 +47,14 @@ class Estimate(Settings):
     layer_bytes: int
     mapped_bytes: int
     layers_at_once: int
+    decoding_bytes: int
     tier_bytes: int
     solver_bytes: int
     experts_at_once: int
     num_experts: int
     calibration_tokens: int
     seconds: float
+    stored: StoredOriginal | None = None
 
 
 def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -62,12 +74,13 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
     check_fits(checkpoint, recipe)
     structure, tokens = checkpoint.structure, recipe.calibration.num_tokens
     dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
-    tiers, mapped = _tier_bytes(checkpoint, recipe), _largest_layer(checkpoint)
-    layer = mapped * dtype.itemsize // checkpoint.dtype.itemsize
+    tiers, mapped = _tier_bytes(checkpoint, recipe), _largest_layer(checkpoint, "stored_bytes")
+    layer = _largest_layer(checkpoint, "num_bytes") * dtype.itemsize // checkpoint.dtype.itemsize
+    decoding = _decoding_bytes(checkpoint)
     solves = _solves(structure, recipe)
     solver = max((size.peak_bytes(tokens) for size in solves), default=0)
     held = layers_at_once(device) * (layer + mapped)
-    working = max(solver, _batch_bytes(structure, recipe), ROWS_AT_ONCE * structure.d_model * 8)
+    batch = max(_batch_bytes(structure, recipe), ROWS_AT_ONCE * structure.d_model * 8)
     return Estimate(
         output_bytes=_output_bytes(checkpoint, recipe),
         expert_bytes_before=checkpoint.expert_bytes,
@@ -76,16 +89,21 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
         disk_bytes=disk_bytes(checkpoint, recipe),
         # A layer writes its output over its input. Beside it lies what its experts are given while
         # they are packed, then the output once more if safetensors copies what it saves.
-        peak_memory_bytes=held + tiers + working + 2 * _hidden_bytes(checkpoint, recipe),
+        peak_memory_bytes=held
+        + tiers
+        + max(solver, batch, decoding)
+        + 2 * _hidden_bytes(checkpoint, recipe),
         layer_bytes=layer,
         mapped_bytes=mapped,
         layers_at_once=layers_at_once(device),
+        decoding_bytes=decoding,
         tier_bytes=tiers,
         solver_bytes=solver,
         experts_at_once=solves[0].experts_at_once if solves else 0,
         num_experts=structure.num_experts,
         calibration_tokens=tokens,
         seconds=_seconds(structure, recipe, dtype, device),
+        stored=checkpoint.stored,
     )
 
 
@@ -97,7 +115,8 @@ def disk_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
 
 def _output_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     after = _tier_bytes(checkpoint, recipe) * len(checkpoint.structure.moe_layers)
-    return checkpoint.total_bytes - checkpoint.expert_bytes + after
+    kept = kept_in_fp8(checkpoint) if recipe.keep_fp8 else None
+    return checkpoint.total_bytes - checkpoint.expert_bytes - saved_bytes(checkpoint, kept) + after
 
 
 def _tier_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
@@ -127,13 +146,19 @@ def _hidden_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     return recipe.calibration.num_tokens * checkpoint.structure.d_model * dtype.itemsize
 
 
-def _largest_layer(checkpoint: Checkpoint) -> int:
-    """Stored bytes of the largest decoder layer, attention and router included."""
+def _largest_layer(checkpoint: Checkpoint, size: Literal["num_bytes", "stored_bytes"]) -> int:
+    """Bytes of the largest decoder layer, attention and router included."""
     layers: Counter[int] = Counter()
     for name, entry in checkpoint.entries.items():
         if (layer := checkpoint.structure.layer_number(name)) is not None:
-            layers[layer] += entry.num_bytes
+            layers[layer] += getattr(entry, size)
     return max(layers.values())
+
+
+def _decoding_bytes(checkpoint: Checkpoint) -> int:
+    """The largest quantized weight of the original, while it is decoded."""
+    coded = (entry for entry in checkpoint.entries.values() if entry.coding)
+    return DECODING * max((math.prod(entry.shape) for entry in coded), default=0)
 
 
 def _batch_bytes(structure: MoeStructure, recipe: Recipe) -> int:

@@ -37,7 +37,7 @@ class Checksums:
         noted = report.sha256 if report else {}
         weights = {name: noted[name] for name in noted if name.endswith(".safetensors")}
         side_files = {name: noted[name] for name in noted if name not in weights}
-        found = {entry.file.name for entry in checkpoint.entries.values()} if noted else set()
+        found = {file.name for file in checkpoint.weight_files} if noted else set()
         found |= set(side_files_of(checkpoint.path)) if side_files else set()
         if unknown := sorted(found - noted.keys()):
             raise CheckpointError(

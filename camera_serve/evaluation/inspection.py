@@ -8,7 +8,7 @@ from typing import Any
 
 from camera_serve.checkpoint.format import DENSE_TIERS, dense_layout, expert_shapes
 from camera_serve.checkpoint.reader import Checkpoint, read_report
-from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport
+from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport, StoredOriginal
 from camera_serve.errors import CheckpointError
 from camera_serve.models.structure import PROJECTIONS
 from camera_serve.ragged.layout import LayerLayout
@@ -78,7 +78,10 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A whole checkpoint; `plan` is None for a dense one."""
+    """A whole checkpoint; `plan` is None for a dense one.
+
+    Bytes are those of decoded weights; `stored` tells of an original that is published quantized.
+    """
 
     path: Path
     model_type: str
@@ -92,6 +95,7 @@ class Inspection:
     expert_bytes: int
     num_parameters: int
     layers: tuple[LayerInspection, ...]
+    stored: StoredOriginal | None = None
 
     @property
     def removed_share(self) -> float:
@@ -130,6 +134,7 @@ class Inspection:
             "removed_share": self.removed_share,
             "removed_parameter_share": self.removed_parameter_share,
             "layers": [layer.to_json() for layer in self.layers],
+            "stored": self.stored and self.stored.model_dump(mode="json"),
         }
 
 
@@ -159,6 +164,7 @@ def inspect(path: Path) -> Inspection:
             _inspect_layer(checkpoint, layer, tokens.get(structure.moe_prefix(layer)))
             for layer in structure.moe_layers
         ),
+        stored=checkpoint.stored,
     )
 
 

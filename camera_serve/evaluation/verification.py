@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from camera_serve.checkpoint.format import dense_layout
+from camera_serve.checkpoint.kept import stored_parts, weights_of
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.checkpoint.writer import is_left_behind, serving_config
 from camera_serve.errors import CheckpointError
@@ -205,13 +206,33 @@ def _check_equal(
     if name not in original.entries:
         raise CheckpointError(f"{checkpoint.path}: tensor {name} is not in {original.path}")
     _check_same_dtype(checkpoint, original, name)
-    ours, theirs = _bytes(tensor), _bytes(original.get(name))
+    theirs = original.entries[name]
+    outside = checkpoint.quantization.outside_experts if checkpoint.quantization else None
+    if outside and theirs.coding and name in weights_of(outside):
+        # Another scale may round to the same weights.
+        own, others = (stored_parts(c, name, outside) for c in (checkpoint, original))
+        for part in own:
+            _compare(checkpoint, original, name, part, own[part], others[part])
+    else:
+        _compare(checkpoint, original, name, name, tensor, original.get(name))
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    original: Checkpoint,
+    name: str,
+    part: str,
+    own: torch.Tensor,
+    others: torch.Tensor,
+) -> None:
+    """Refuse a stored `part` of the tensor `name` that is not the original's, byte for byte."""
+    ours, theirs = _bytes(own), _bytes(others)
     if torch.equal(ours, theirs):
         return
     rows = (ours != theirs).view(len(ours), -1).any(dim=1).nonzero().flatten().tolist()
     raise _TensorError(
         checkpoint.entries[name].file,
-        f"tensor {name}, row {rows[0]} differs from {original.path} "
+        f"tensor {part}, row {rows[0]} differs from {original.path} "
         f"({len(rows)} of {len(ours)} rows differ)",
     )
 

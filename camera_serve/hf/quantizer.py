@@ -13,6 +13,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from camera_serve.checkpoint.format import CameraQuantizationConfig
+from camera_serve.checkpoint.kept import weights_of
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CheckpointError
 from camera_serve.hf.experts import add_experts, remove_experts
@@ -35,7 +36,7 @@ class CameraHfConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object as it stands in config.json."""
-        return self.settings.model_dump(mode="json")
+        return self.settings.model_dump(mode="json", exclude_none=True)
 
 
 class CameraHfQuantizer(HfQuantizer):
@@ -47,6 +48,8 @@ class CameraHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: CameraHfConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._dtypes: dict[str, torch.dtype] = {}
+        # Stored in FP8: transformers reads their codes, and not their scales.
+        self._kept = weights_of(quantization_config.settings.outside_experts)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -59,7 +62,9 @@ class CameraHfQuantizer(HfQuantizer):
         # transformers does not compare shapes when a quantizer is present, and only warns of
         # missing tensors.
         self.checkpoint = Checkpoint.open(Path(checkpoint_files[0]).parent)
-        ours = map(re.escape, remove_experts(model, self.checkpoint.structure))
+        structure = self.checkpoint.structure
+        ours = [re.escape(name) for name in remove_experts(model, structure)]
+        ours += [rf"{re.escape(structure.to_hf_name(name))}_scale" for name in self._kept]
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | set(ours)
         self._dtypes = {name: param.dtype for name, param in model.named_parameters()}
@@ -85,6 +90,10 @@ class CameraHfQuantizer(HfQuantizer):
         # With a quantizer present, transformers keeps the stored dtype of every renamed tensor.
         for name, param in model.named_parameters():
             param.data = param.data.to(self._dtypes[name])
+        for name in self._kept:
+            weight = _parameter(model, self.checkpoint.structure.to_hf_name(name))
+            weight.data = self.checkpoint.get(name).to(weight)
+        self.checkpoint.release()
         add_experts(model, self.checkpoint, model.dtype)
         return model
 
@@ -100,6 +109,13 @@ class CameraHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """False: the ragged kernels are for inference."""
         return False
+
+
+def _parameter(model: PreTrainedModel, name: str) -> torch.nn.Parameter:
+    """A parameter by its name in the whole model, which AutoModel loads without its first part."""
+    whole = hasattr(model, model.base_model_prefix)
+    own = name if whole else name.removeprefix(f"{model.base_model_prefix}.")
+    return model.get_parameter(own)
 
 
 def _for_ragged_experts(config: PreTrainedConfig) -> PreTrainedConfig:

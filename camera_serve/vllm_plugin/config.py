@@ -56,8 +56,10 @@ class CameraConfig(QuantizationConfig):
         return "camera"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """The dtypes the kernels compute in."""
-        return [torch.bfloat16, torch.float16, torch.float32]
+        """The dtypes the kernels compute in, and vLLM's FP8 layers where there are some."""
+        ours = [torch.bfloat16, torch.float16, torch.float32]
+        theirs = self._outside.get_supported_act_dtypes() if self._outside else ours
+        return [dtype for dtype in ours if dtype in theirs]
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -133,15 +135,16 @@ class CameraConfig(QuantizationConfig):
 
         Raises `ServingError` for layers and settings that cannot be served; vLLM has none earlier.
         """
-        return self._methods.of(layer, prefix)
+        return self._methods.of(layer, prefix, self.packed_modules_mapping)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Find layers by vLLM's names, which differ from the checkpoint's where a text stack is
         nested; vLLM calls this before it builds the model.
         """
+        outside = self.quantization.outside_experts
         self._served_names |= {
             served: stored
-            for stored in self.quantization.layers
+            for stored in (*self.quantization.layers, *(outside.modules if outside else ()))
             for served in hf_to_vllm_mapper.apply_list([stored])
         }
 

@@ -58,6 +58,11 @@ CALLS: dict[str, tuple[int, tuple[str, ...]]] = {
     "vllm.transformers_utils.config:get_safetensors_params_metadata": (1, ("revision",)),
     "vllm.utils.torch_utils:direct_register_custom_op": (0, ("op_name", "op_func", "fake_impl")),
     f"{_LAYERS}.quantization:register_quantization_config": (1, ()),
+    f"{_LAYERS}.quantization.fp8:Fp8Config": (
+        0,
+        ("is_checkpoint_fp8_serialized", "activation_scheme", "weight_block_size"),
+    ),
+    f"{_LAYERS}.quantization.fp8:Fp8Config.get_quant_method": (3, ()),
     f"{_EXPERTS}._map_global_expert_id_to_local_expert_id": (2, ()),
 }
 """What we call of vLLM's: how many arguments by position, self included, and which by name."""

@@ -17,6 +17,7 @@ from camera_serve.checkpoint.format import (
     checkpoint_shapes,
     part_shapes,
 )
+from camera_serve.checkpoint.kept import scale_shapes
 from camera_serve.checkpoint.reader import Checkpoint, check_shapes
 from camera_serve.errors import CheckpointError
 from camera_serve.models import MoeStructure, Projection
@@ -305,6 +306,8 @@ def check_hub_model(
     if not found:
         return None
     wanted = checkpoint_shapes(config, structure, quantization)
+    if quantization.outside_experts:
+        wanted |= scale_shapes(quantization.outside_experts, wanted)
     check_shapes(found, wanted, structure, Path(model))
     return frozenset(found.keys() - wanted.keys())
 

@@ -23,6 +23,7 @@ from camera_serve.vllm_plugin.drafts import DRAFT_MODEL, why_no_draft
 from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
 from camera_serve.vllm_plugin.loading import TierCounts
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
+from camera_serve.vllm_plugin.outside import MERGED, outside_method
 from camera_serve.vllm_plugin.packed_shared import (
     PackedDownMethod,
     PackedGateUpMethod,
@@ -58,11 +59,15 @@ class LayerMethods:
         self._structure = structure
         self._served_names = served_names
         self._stored_drafts = stored_drafts
+        self._outside = outside_method(quantization.outside_experts)
         self._packed: dict[str, PackedSharedExpert] = {}
 
-    def of(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def of(
+        self, layer: torch.nn.Module, prefix: str, merged: Mapping[str, list[str]]
+    ) -> QuantizeMethodBase | None:
         """Ragged methods for routed and shared experts, vLLM's own for all other layers.
 
+        merged: the linear layers that each layer of vLLM's model is made of, if there are several.
         Raises `ServingError` for a MoE layer that neither the layout lists nor drafts tokens: its
         tensors would be read as if they were dense. And for settings that cannot be honoured; vLLM
         has none earlier.
@@ -83,7 +88,24 @@ class LayerMethods:
         stored = self._stored_name(served)
         if stored and name == self._structure.shared_expert_name:
             return self._shared_method(layer, stored, module, linear)
+        if self._outside and self._is_kept(prefix, merged):
+            return self._outside.get_quant_method(layer, prefix)
         return UnquantizedLinearMethod()
+
+    def _is_kept(self, prefix: str, merged: Mapping[str, list[str]]) -> bool:
+        """Whether a linear layer, of several of the checkpoint's perhaps, is stored in FP8."""
+        assert self.quantization.outside_experts
+        module, _, name = prefix.rpartition(".")
+        parts = {**MERGED, **merged}.get(name, (name,))
+        served = (f"{module}.{part}" for part in parts)
+        names = {self._served_names.get(part, part) for part in served}
+        kept = names.intersection(self.quantization.outside_experts.modules)
+        if kept and kept != names:
+            raise ServingError(
+                f"{prefix} is one layer of vLLM, and {min(kept)} is stored in FP8, "
+                f"{min(names - kept)} in 16 bits: compress the model again without --keep-fp8"
+            )
+        return bool(kept)
 
     def _stored_name(self, served: str) -> str | None:
         """The layout's name of what vLLM calls this MoE layer; None for one it does not list."""

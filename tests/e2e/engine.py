@@ -80,14 +80,23 @@ class Result:
     accepted: int = 0
 
 
-def run(jobs: list[Job], folder: Path, ranks: int = 1, **environment: str) -> list[Result]:
-    """Serve the jobs in one new process for each rank; fails with its output when one fails."""
+def run(
+    jobs: list[Job],
+    folder: Path,
+    ranks: int = 1,
+    module: str = "tests.e2e.engine",
+    **environment: str,
+) -> list[Result]:
+    """Serve the jobs in one new process for each rank; fails with its output when one fails.
+
+    module: what is run, this one or one that prepares vLLM and then runs this one.
+    """
     # A port for each: a rank that is ahead would still find the last engine at the same one.
     ports = _free_ports(len(jobs))
     work = [{"job": asdict(job), "port": port} for job, port in zip(jobs, ports, strict=True)]
     (folder / "work.json").write_text(json.dumps(work))
     environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    processes = [_start(folder, rank, environment) for rank in range(ranks)]
+    processes = [_start(module, folder, rank, environment) for rank in range(ranks)]
     try:
         problem = wait_for(processes, min(SECONDS + SECONDS_PER_JOB * len(jobs), MOST_SECONDS))
     finally:
@@ -127,11 +136,13 @@ def wait_for(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> st
     return f"ranks {running} of {len(processes)} still run after {seconds:.0f} s"
 
 
-def _start(folder: Path, rank: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(
+    module: str, folder: Path, rank: int, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
     ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     with _log(folder, rank).open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.engine", str(folder)],
+            [sys.executable, "-m", module, str(folder)],
             cwd=ROOT,
             env={**os.environ, **_ENVIRONMENT, **environment, **ranked},
             stdout=log,
