@@ -31,7 +31,7 @@ settings, `camera_report.json` the kept widths and the tokens each expert saw.
     pip install 'camera-serve[vllm]'
     vllm serve PATH_OR_NAME_OF_THIS_MODEL
 
-With transformers: `import camera_serve.hf`, then `AutoModelForCausalLM.from_pretrained(...)`;
+With transformers: `import camera_serve.hf`, then `{auto_class}.from_pretrained(...)`;
 without that import transformers refuses this checkpoint. With lm-eval, in vLLM or in transformers:
 
     pip install 'camera-serve[vllm,evaluation]'
@@ -41,8 +41,11 @@ without that import transformers refuses this checkpoint. With lm-eval, in vLLM 
 """
 
 
-def model_card(source: Path, report: CompressionReport) -> str:
-    """README.md with metadata: `base_model`, its licence and language, and the figures."""
+def model_card(source: Path, report: CompressionReport, auto_class: str) -> str:
+    """README.md with metadata: `base_model`, its licence and language, and the figures.
+
+    auto_class: which of transformers' classes loads the model.
+    """
     data = ModelCardData(
         base_model=report.model,
         base_model_relation="quantized",
@@ -52,6 +55,7 @@ def model_card(source: Path, report: CompressionReport) -> str:
     )
     calibration = report.recipe.calibration
     body = BODY.format(
+        auto_class=auto_class,
         name=report.model.rsplit("/", 1)[-1],
         original=_original(report),
         plan=report.recipe.plan,

@@ -44,6 +44,7 @@ from camera_serve.compression.fingerprint import explain, fingerprint
 from camera_serve.compression.layer import CompressedLayer, compress_layer
 from camera_serve.compression.sizing import Estimate, check_fits, disk_bytes, estimate_for
 from camera_serve.errors import DamagedWeightsError, OutputError
+from camera_serve.models.building import auto_class_name
 from camera_serve.progress import OnNote, OnProgress, Reporter
 from camera_serve.recipe import Recipe, Settings
 from camera_serve.runtime import compute_dtype, pick_device, run_log
@@ -308,7 +309,8 @@ def _write_rest(run: _Run, print_: dict[str, str]) -> CompressionReport:
     report = _report(run, print_, results)
     write_index(folder, files, report.total_bytes_after)
     write_text(folder / RECIPE_FILE, run.recipe.dump())
-    write_text(folder / "README.md", model_card(checkpoint.path, report))
+    auto_class = auto_class_name(checkpoint.config)
+    write_text(folder / "README.md", model_card(checkpoint.path, report, auto_class))
     quantization = CameraQuantizationConfig(
         bits=run.recipe.plan.bits,
         group_size=run.recipe.group_size,

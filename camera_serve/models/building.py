@@ -6,6 +6,10 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from camera_serve.errors import CheckpointError, described
 from camera_serve.models.families import FAMILIES, Config
@@ -33,6 +37,14 @@ def model_class(config: Config) -> Any:
     names = family.architectures if family else ()
     found = (getattr(transformers, name, None) for name in names)
     return next(filter(None, found), AutoModelForCausalLM)
+
+
+def auto_class_name(config: Config) -> str:
+    """Which of transformers' classes a user loads a model's checkpoint with."""
+    seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
+    if config.model_type in seeing - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
+        return "AutoModelForImageTextToText"
+    return "AutoModelForCausalLM"
 
 
 def _build(config: Config, dtype: torch.dtype | None) -> Any:

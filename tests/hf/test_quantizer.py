@@ -1,7 +1,9 @@
 import json
+import re
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -248,6 +250,16 @@ def test_the_text_part_of_a_model_that_sees_pictures_loads_alone(tmp_path):
     assert not hasattr(model.model, "visual")
     assert not any(said.values())
     torch.testing.assert_close(logits(model), logits(pruning.zeroed(dense, kept)), **FLOAT32)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_5_moe", "qwen3_vl_moe"])
+def test_the_card_names_a_class_that_loads_the_model(tmp_path, name):
+    dense = tiny_models.save(name, tmp_path / "dense")
+    quantized.compress(dense, tmp_path / "camera", "16:0.5,0:0.5")
+    card = (tmp_path / "camera" / "README.md").read_text()
+    (auto_class,) = re.findall(r"`(AutoModel\w+)\.from_pretrained", card)
+    model = getattr(transformers, auto_class).from_pretrained(tmp_path / "camera")
+    assert logits(model).isfinite().all()
 
 
 def test_registration_is_repeatable():
