@@ -252,6 +252,25 @@ def test_the_text_part_of_a_model_that_sees_pictures_loads_alone(tmp_path):
     torch.testing.assert_close(logits(model), logits(pruning.zeroed(dense, kept)), **FLOAT32)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "qwen3_vl_moe"])
+def test_pictures_are_seen_as_by_the_zeroed_model(tmp_path, name):
+    dense, compressed, kept = compress(tmp_path, name)
+    place = 7
+    tokens = torch.tensor([[5, 9, *[place] * 4, 31, 8]])
+    picture = {
+        "pixel_values": torch.randn(16, 3 * 2 * 16 * 16),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (tokens == place).int(),
+    }
+    answers = []
+    for model in (pruning.zeroed(dense, kept), tiny_models.load(compressed, dtype=torch.float32)):
+        model.config.image_token_id = model.model.config.image_token_id = place
+        with torch.no_grad():
+            answers.append(model(tokens, **picture).logits)
+    torch.testing.assert_close(*answers, **FLOAT32)
+    assert (answers[0] - logits(model, tokens)).abs().max() > 1
+
+
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_5_moe", "qwen3_vl_moe"])
 def test_the_card_names_a_class_that_loads_the_model(tmp_path, name):
     dense = tiny_models.save(name, tmp_path / "dense")
