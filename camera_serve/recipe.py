@@ -133,11 +133,19 @@ class Calibration(Settings):
         return self.samples * self.seq_len
 
 
+_LATER = ("budget", "weighted", "refit", "keep_fp8")
+"""Settings that older versions do not know: they are written where they are used."""
+
+
 class Recipe(Settings):
     """Everything that decides the bytes of a compressed checkpoint, besides the model itself.
 
     Version 1 drew other windows of calibration texts above 1.5 million characters; of shorter ones
     the same. `keep_fp8`: weights outside the experts stay in FP8 where the original has them so.
+    `budget`: whose micro-experts the plan's shares are of, each layer's or the whole model's, which
+    takes a pass over the dense model first; `weighted`: tokens count in GPTQ's Hessians by the
+    square of their routing weight; `refit`: kept down vectors are fitted to what was removed, and
+    to what gate and up lost.
     """
 
     version: Literal[1, 2] = 2
@@ -147,6 +155,9 @@ class Recipe(Settings):
     align: Annotated[int, Field(gt=0)] = 32
     group_size: Annotated[int, Field(gt=0)] = 128
     solver: Literal["gptq", "rtn"] = "gptq"
+    budget: Literal["layer", "model"] = "layer"
+    weighted: bool = False
+    refit: bool = False
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     keep_fp8: bool = False
 
@@ -168,15 +179,13 @@ class Recipe(Settings):
         self, serialize: SerializerFunctionWrapHandler
     ) -> dict[str, Any]:
         settings: dict[str, Any] = serialize(self)
-        return settings if self.keep_fp8 else _without(settings, "keep_fp8")
+        fields = type(self).model_fields
+        unused = {key for key in _LATER if getattr(self, key) == fields[key].default}
+        return {key: value for key, value in settings.items() if key not in unused}
 
     def dump(self) -> str:
         """The recipe as YAML, as `load` reads it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def _without(settings: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != key}
 
 
 def _check_neighbours(bits: int) -> None:

@@ -194,7 +194,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
             "pos_emb_width": 4,
         },
         "projection_hidden_size": 32,
-        "image_token_id": 3,
+        "image_token_id": VOCAB_SIZE - 1,
         "tie_word_embeddings": False,
     },
     "glm4_moe": {
@@ -290,6 +290,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {
         "num_hidden_layers": 3,
+        # vLLM's CPU operator for rotary embeddings turns the first head alone, as LFM2 calls it.
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
         "num_dense_layers": 1,
         "num_experts": 8,
         "moe_intermediate_size": 64,
@@ -342,6 +345,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 # Standard deviations of the logits these matrices make from a unit-variance input.
 _GAINS = {"gate": 3.0, "router": 3.0, "lm_head": 4.0}
+_ROUTER_BIASES = ("e_score_correction_bias", "expert_bias")
 # transformers 5 would write PhimoeForCausalLM, a name the hub and vLLM do not know.
 _ARCHITECTURES = {
     "phimoe": "PhiMoEForCausalLM",
@@ -488,7 +492,7 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
     """Unit-variance signals everywhere, and micro-experts of very different importance."""
     for name, tensor in _weights_and_buffers(model):
         noise = torch.randn(tensor.shape, generator=generator)
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(_ROUTER_BIASES):
             tensor.copy_(0.2 * noise)
         elif "norm" in name and name.endswith("weight"):
             # Some families' norms multiply with 1 + weight: they start at 0.
@@ -511,7 +515,7 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
 def _weights_and_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters()
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(_ROUTER_BIASES):
             yield name, buffer
 
 

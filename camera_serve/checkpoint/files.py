@@ -24,12 +24,8 @@ WEIGHTS = (
     *("*.gguf", "*.onnx", "*.onnx_data*", "*.tflite", "*.nemo", "*.npy", "*.npz", "*.pkl"),
     *("*.pickle", "*.zip", "*.tar", "*.tar.*", "*.tgz"),
 )
-_ANY_INDEX = "*.index.json"
-_OTHER_INDEX = "*[!s].index.json"
-"""Not `model.safetensors.index.json`, without which nobody knows which files are the model's."""
-
 ABOUT_WEIGHTS = (
-    *(_ANY_INDEX, "*.index.*.json", "consolidated*", "params.json", "adapter_*"),
+    *("*.index.json", "*.index.*.json", "consolidated*", "params.json", "adapter_*"),
     *("*quant*_config.json", "torchao_config.json"),
 )
 """What describes weights of another format: engines that find it look for those weights."""
@@ -44,11 +40,20 @@ HIDDEN = ".*"
 
 _NEVER = (HIDDEN, *ABOUT_WEIGHTS, *CODE, *FOR_READERS)
 
+_BUT_WHAT_A_MODEL_NEEDS = {
+    # Without `model.safetensors.index.json` nobody knows which files are the model's.
+    "*.index.json": ("*[!s].index.json",),
+    # `hf_quant_config.json` is one of the files that `compress` writes, and `verify` looks for.
+    "*quant*_config.json": ("[!h]*quant*_config.json", "quant*_config.json"),
+}
+"""Narrower patterns for those that take in a file of the model itself."""
+
 NOT_DOWNLOADED = (
     *(
-        pattern.replace(_ANY_INDEX, _OTHER_INDEX)
+        pattern
         for name in _NEVER
-        for pattern in (name, f"*/{name}")
+        for narrower in _BUT_WHAT_A_MODEL_NEEDS.get(name, (name,))
+        for pattern in (narrower, f"*/{narrower}")
     ),
     # Folders of sentence-transformers start with a number, and their weights belong to the model.
     *(f"[!0-9]{name}" for name in WEIGHTS if name != "*.safetensors"),

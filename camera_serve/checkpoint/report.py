@@ -18,6 +18,8 @@ class LayerReport(Settings):
     """One MoE layer: kept widths per expert, tokens seen, and the share of energy that was kept.
 
     `rounded_experts` saw too few tokens for GPTQ: their codes are rounded to nearest.
+    `unfitted_experts` keep their down vectors, as new ones did not suit tokens that were held back;
+    the shared expert counts as the last.
     """
 
     layer: str
@@ -26,6 +28,7 @@ class LayerReport(Settings):
     tokens_per_expert: tuple[Count, ...]
     energy_kept: float
     rounded_experts: tuple[Count, ...] = ()
+    unfitted_experts: tuple[Count, ...] = ()
 
     @property
     def unseen_experts(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from camera_serve.checkpoint.lock import now, sole_writer
 from camera_serve.checkpoint.reader import read_json
@@ -40,6 +41,7 @@ class Workspace:
         self.state = self.path / STATE
         self._begun = self.state / "fingerprint.json"
         self._hidden = self.state / "hidden.safetensors"
+        self._surveyed = self.state / "surveyed.safetensors"
 
     def create(self, *, overwrite: bool = False) -> None:
         """Make the folder anew, in place of what a killed run left.
@@ -80,7 +82,7 @@ class Workspace:
         try:
             yield
         except BaseException:
-            if not self._hidden.exists():
+            if not (self._hidden.exists() or self._surveyed.exists()):
                 self.discard()
             raise
 
@@ -88,6 +90,13 @@ class Workspace:
         """Record a finished layer: its result, then the activations that enter the next one."""
         write_json(self._result(layer), dict(result))
         write_shard(self._hidden, {"hidden": hidden}, {"next_layer": str(layer + 1)})
+
+    def commit_survey(
+        self, layer: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
+    ) -> None:
+        """Record what the survey has found in a layer, then what enters the next one."""
+        write_shard(self._survey(layer), tensors)
+        write_shard(self._surveyed, {"hidden": hidden}, {"next_layer": str(layer + 1)})
 
     @property
     def bytes_written(self) -> int:
@@ -97,11 +106,15 @@ class Workspace:
 
     def resume_point(self) -> tuple[int, torch.Tensor | None]:
         """The next layer to compress and its input; (0, None) when nothing is committed."""
-        if not self._hidden.exists():
-            return 0, None
-        with safe_open(self._hidden, framework="pt") as handle:
-            # A copy: the file's pages would be held, in memory and on the disk, while it is used.
-            return int(handle.metadata()["next_layer"]), handle.get_tensor("hidden").clone()
+        return _next_layer(self._hidden)
+
+    def survey_point(self) -> tuple[int, torch.Tensor | None]:
+        """The next layer to survey and its input; (0, None) when nothing is committed."""
+        return _next_layer(self._surveyed)
+
+    def survey(self, layer: int) -> dict[str, torch.Tensor]:
+        """What the survey has found in a layer."""
+        return load_file(self._survey(layer))
 
     def results(self, num_layers: int) -> list[dict[str, object]]:
         """The results of all layers, in order."""
@@ -127,6 +140,17 @@ class Workspace:
 
     def _result(self, layer: int) -> Path:
         return self.state / f"layer-{layer:05}.json"
+
+    def _survey(self, layer: int) -> Path:
+        return self.state / f"survey-{layer:05}.safetensors"
+
+
+def _next_layer(file: Path) -> tuple[int, torch.Tensor | None]:
+    if not file.exists():
+        return 0, None
+    with safe_open(file, framework="pt") as handle:
+        # A copy: the file's pages would be held, in memory and on the disk, while it is used.
+        return int(handle.metadata()["next_layer"]), handle.get_tensor("hidden").clone()
 
 
 def working_folder(output: Path) -> Path:

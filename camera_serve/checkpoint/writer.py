@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,8 @@ def copy_side_files(source: Path, target: Path) -> None:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         settings = _settings_with_code(source / file)
         if settings:
-            write_json(target / file, _without_code(settings))
+            # The code it names is in no copy.
+            write_json(target / file, _without(settings, ("auto_map",)))
         else:
             shutil.copyfile(source / file, target / file)
 
@@ -154,8 +155,8 @@ def _text_key(config: PreTrainedConfig) -> str | None:
 
 
 def _of_the_original(config: Mapping[str, Any]) -> dict[str, Any]:
-    dropped = ("transformers_weights", *QUANTIZATION_KEYS)
-    return {key: value for key, value in _without_code(config).items() if key not in dropped}
+    """The original's settings, without code of its own and without how it stores weights."""
+    return _without(config, ("auto_map", "transformers_weights", *QUANTIZATION_KEYS))
 
 
 def free_bytes(folder: Path) -> int:
@@ -202,12 +203,12 @@ def _settings_with_code(file: Path) -> dict[str, Any] | None:
     return read_json(file)
 
 
-def _without_code(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object without `auto_map`, at any depth: the code it names is in no copy."""
+def _without(settings: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """A JSON object without some keys, at any depth."""
     return {
-        key: _without_code(value) if isinstance(value, dict) else value
+        key: _without(value, keys) if isinstance(value, dict) else value
         for key, value in settings.items()
-        if key != "auto_map"
+        if key not in keys
     }
 
 

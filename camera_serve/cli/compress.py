@@ -7,6 +7,7 @@ import click
 
 from camera_serve.cli.formatting import human_bytes, human_seconds, percent, skipped_line
 from camera_serve.cli.options import (
+    BUDGETS,
     CALIBRATION_FLAGS,
     RUN_FLAGS,
     SOLVERS,
@@ -53,6 +54,19 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="All settings from a file, such as the camera_recipe.yaml of an earlier run.",
+)
+@click.option(
+    "--budget",
+    type=click.Choice(BUDGETS),
+    default="layer",
+    show_default=True,
+    help="Whose micro-experts the shares are of: each layer's, or the whole model's, ranked in a "
+    "pass over the dense model by what their removal costs once the others make up for it.",
+)
+@click.option(
+    "--refit",
+    is_flag=True,
+    help="Fit the kept micro-experts to what was removed and to what quantizing lost.",
 )
 @click.option(
     "--align",

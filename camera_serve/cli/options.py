@@ -17,10 +17,11 @@ SettingsT = TypeVar("SettingsT", bound="Settings")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 SOLVERS = ("gptq", "rtn")
+BUDGETS = ("layer", "model")
 
 _DECIDED_BY_RECIPE = (
     *("alpha", "calibration", "samples", "seq_len", "seed", "dtype"),
-    *("align", "group_size", "solver", "keep_fp8"),
+    *("align", "group_size", "solver", "keep_fp8", "budget", "refit"),
 )
 _BESIDE_RECIPE = (
     "is decided by the file of --recipe: change it there, or give the settings as flags without "
@@ -139,7 +140,8 @@ def recipe_from(ctx: click.Context) -> "Recipe":
     if given == ["recipe"]:
         _refuse(ctx, _DECIDED_BY_RECIPE, _BESIDE_RECIPE)
         return Recipe.load(flags["recipe"])
-    own = {name: flags[name] for name in ("align", "group_size", "solver", "keep_fp8")}
+    settings = ("align", "group_size", "solver", "keep_fp8", "budget", "refit")
+    own = {name: flags[name] for name in settings} | {"weighted": flags["refit"]}
     plan = _plan(flags)
     if not plan.quantized:
         _refuse(ctx, ["group_size", "solver"], _NOTHING_PACKED)

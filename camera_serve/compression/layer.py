@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from camera_serve.calibration.inputs import InputRecorder, RoutedInputs, every_token
+from camera_serve.calibration.inputs import InputRecorder, RoutedInputs, inputs_of_shared
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.checkpoint.experts import packed_tensors
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.compression.quantize.experts import quantize_experts
+from camera_serve.compression.refit import Refitted, refit_experts
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.ragged.layer import RaggedTier
-from camera_serve.ranking.layer import measure
-from camera_serve.ranking.selection import LayerEnergies, Selection, select, select_rows
+from camera_serve.ranking.layer import measure, record
+from camera_serve.ranking.selection import Selection, select, select_rows
 from camera_serve.recipe import Recipe, TierPlan
 
 
@@ -26,14 +27,17 @@ class CompressedLayer:
     """A MoE layer after compression.
 
     tensors: the expert tensors of the checkpoint, by name; loaded: the layer with the compressed
-    experts in place; rounded: routed experts that were rounded to nearest for want of tokens.
+    experts in place; tokens: int64 `[num_experts]`, routed to each; rounded: routed experts that
+    were rounded to nearest for want of tokens; unfitted: those, the shared one last, whose new down
+    vectors did not suit the tokens that were held back.
     """
 
     tensors: dict[str, torch.Tensor]
     loaded: StreamedLayer
-    energies: LayerEnergies
+    tokens: torch.Tensor
     selection: Selection
     rounded: tuple[int, ...]
+    unfitted: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -41,83 +45,129 @@ class _Kept:
     """The kept micro-experts of a layer's routed experts, or of its shared ones.
 
     rows: their weights in the dtype of the run; indices[e]: their numbers in expert e; counts[e]:
-    how many in each stored tier; prefix(e, projection): where the checkpoint has them.
+    how many in each stored tier; prefix(e, projection): where the checkpoint has them; fitted: what
+    their down vectors have become.
     """
 
     rows: RaggedTier[torch.Tensor]
     indices: list[torch.Tensor]
     counts: tuple[tuple[int, ...], ...]
     prefix: Callable[[int, Projection], str]
+    fitted: Refitted
 
 
 @torch.inference_mode()
 def compress_layer(
-    stream: ModelStream, layer: int, loaded: StreamedLayer, hidden: torch.Tensor, recipe: Recipe
+    stream: ModelStream,
+    layer: int,
+    loaded: StreamedLayer,
+    hidden: torch.Tensor,
+    recipe: Recipe,
+    selection: Selection | None = None,
 ) -> CompressedLayer:
     """Algorithm 2, lines 5-13, and Algorithm 3, lines 3-14, for one MoE layer.
 
     hidden: `[samples, seq_len, d_model]`, the layer's input, and afterwards what the compressed
     layer is to be run on (`measure`). The experts of `loaded` are used up: what is kept of them,
-    dequantized where it was packed, lies in their storage afterwards.
+    dequantized where it was packed, lies in their storage afterwards. selection: what a survey of
+    the model has decided; None: what the layer's own energies say.
     """
     assert loaded.experts is not None
-    recorder = InputRecorder() if recipe.plan.quantized else None
-    energies = measure(stream, layer, loaded, hidden, recipe.alpha, recorder)
-    selection = select(energies, recipe.plan, recipe.align)
-    routed = _kept_routed(stream, layer, loaded.experts, selection)
-    shared = _kept_shared(stream, layer, loaded.shared, selection)
+    inputs: RoutedInputs | None
+    if selection is None:
+        recorder = InputRecorder() if recipe.plan.quantized or recipe.refit else None
+        energies = measure(stream, layer, loaded, hidden, recipe.alpha, recorder)
+        selection, tokens = select(energies, recipe.plan, recipe.align), energies.tokens
+        inputs = recorder.routed(stream.structure.num_experts) if recorder else None
+    else:
+        inputs = record(stream, layer, loaded, hidden)
+        tokens = torch.tensor([len(own) for own in inputs.tokens])
+    of_shared = None
+    if inputs and loaded.shared is not None:
+        of_shared = inputs_of_shared(inputs, loaded.shared_gate)
+    fit_to = (inputs, of_shared) if recipe.refit else (None, None)
+    routed = _kept_routed(stream, layer, loaded.experts, selection, fit_to[0])
+    shared = _kept_shared(stream, layer, loaded.shared, selection, fit_to[1])
     tensors: dict[str, torch.Tensor] = {}
     rounded: tuple[int, ...] = ()
     for kept in (routed, shared) if shared else (routed,):
         tensors |= _plain_tensors(stream.checkpoint, kept, recipe.plan)
-    if recorder:
-        inputs = recorder.routed(stream.structure.num_experts)
+    if inputs and recipe.plan.quantized:
         packed, rounded = _quantize(routed, inputs, recipe, stream.device)
         tensors |= packed
-        if shared:
-            tensors |= _quantize(shared, every_token(inputs), recipe, stream.device)[0]
+        if shared and of_shared:
+            tensors |= _quantize(shared, of_shared, recipe, stream.device)[0]
     loaded.use_experts(routed.rows)
     if shared:
         set_shared(loaded.shared, shared.rows)
-    return CompressedLayer(
-        tensors, replace(loaded, experts=routed.rows), energies, selection, rounded
-    )
+    unfitted = routed.fitted.refused
+    if shared and shared.fitted.refused:
+        unfitted = (*unfitted, len(tokens))
+    going_on = replace(loaded, experts=routed.rows)
+    return CompressedLayer(tensors, going_on, tokens, selection, rounded, unfitted)
 
 
 def _kept_routed(
-    stream: ModelStream, layer: int, experts: RaggedTier[torch.Tensor], selection: Selection
+    stream: ModelStream,
+    layer: int,
+    experts: RaggedTier[torch.Tensor],
+    selection: Selection,
+    inputs: RoutedInputs | None,
 ) -> _Kept:
     """The kept rows, moved to the front of `experts`: a copy would hold a large layer twice.
 
-    No expert moves back, so none is overwritten before it is read.
+    No expert moves back, so none is overwritten before it is read. inputs: to fit their down
+    vectors to; None: they stay.
     """
+    fitted = _fitted(experts, selection.experts, inputs, stream.device)
     offsets = (0, *accumulate(len(rows) for rows in selection.experts))
     matrices = (experts.gate, experts.up, experts.down)
     for expert, indices in enumerate(selection.experts):
         old, new = experts.rows(expert), slice(offsets[expert], offsets[expert + 1])
         gate, up, down = (matrix[old] for matrix in matrices)
         own = select_rows(RaggedTier(gate, up, down, (0, len(gate))), [indices], stream.device)
-        for matrix, moved in zip(matrices, (own.gate, own.up, own.down), strict=True):
-            matrix[new] = moved
+        new_down = fitted.down[expert]
+        moved = (own.gate, own.up, own.down if new_down is None else new_down)
+        for matrix, own_rows in zip(matrices, moved, strict=True):
+            matrix[new] = own_rows
     gate, up, down = (matrix[: offsets[-1]] for matrix in matrices)
     prefix = partial(stream.structure.expert_prefix, layer)
-    rows = RaggedTier(gate, up, down, offsets)
-    return _Kept(rows, selection.experts, selection.layout.experts, prefix)
+    kept = RaggedTier(gate, up, down, offsets)
+    return _Kept(kept, selection.experts, selection.layout.experts, prefix, fitted)
+
+
+def _fitted(
+    experts: RaggedTier[torch.Tensor],
+    kept: list[torch.Tensor],
+    inputs: RoutedInputs | None,
+    device: torch.device,
+) -> Refitted:
+    if inputs is None:
+        return Refitted([None] * len(kept), ())
+    return refit_experts(experts, kept, inputs, device)
 
 
 def _kept_shared(
-    stream: ModelStream, layer: int, shared: Any, selection: Selection
+    stream: ModelStream,
+    layer: int,
+    shared: Any,
+    selection: Selection,
+    inputs: RoutedInputs | None,
 ) -> _Kept | None:
     if shared is None:
         return None
     gate, up, down = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight.T
     whole = RaggedTier(gate, up, down, (0, len(gate)))
+    fitted = _fitted(whole, selection.shared, inputs, stream.device)
     rows = select_rows(whole, selection.shared, stream.device)
+    if fitted.down[0] is not None:
+        rows = replace(rows, down=fitted.down[0].to(rows.down))
     return _Kept(
         rows,
         selection.shared,
         selection.layout.shared,
         lambda _, projection: stream.structure.shared_prefix(layer, projection),
+        fitted,
     )
 
 
@@ -130,15 +180,18 @@ def set_shared(shared: Any, rows: RaggedTier[torch.Tensor]) -> None:
 
 
 def _plain_tensors(checkpoint: Checkpoint, kept: _Kept, plan: TierPlan) -> dict[str, torch.Tensor]:
-    """The 16-bit tier as it was stored, which need not be the dtype of the run."""
+    """The 16-bit tier in the dtype it was stored in, which need not be that of the run."""
     if plan.bits[0] != 16:
         return {}
     tensors = {}
     for expert, (indices, counts) in enumerate(zip(kept.indices, kept.counts, strict=True)):
         for projection in PROJECTIONS if counts[0] else ():
             name = f"{kept.prefix(expert, projection)}.weight"
-            dim = int(projection == "down")
-            tensors[name] = checkpoint.get(name).index_select(dim, indices[: counts[0]])
+            dim, down = int(projection == "down"), kept.fitted.down[expert]
+            stored = checkpoint.get(name)
+            tensors[name] = stored.index_select(dim, indices[: counts[0]])
+            if dim and down is not None:
+                tensors[name] = down[: counts[0]].T.to("cpu", stored.dtype).contiguous()
         checkpoint.release()
     return tensors
 
@@ -160,6 +213,8 @@ def _quantize(
         inputs,
         group_size=recipe.group_size,
         solver=recipe.solver,
+        weighted=recipe.weighted,
+        refit=recipe.refit,
         device=device,
     ):
         end = kept.rows.offsets[solved.expert + 1]

@@ -46,6 +46,8 @@ from camera_serve.compression.sizing import Estimate, check_fits, disk_bytes, es
 from camera_serve.errors import DamagedWeightsError, OutputError
 from camera_serve.models.building import auto_class_name
 from camera_serve.progress import OnNote, OnProgress, Reporter
+from camera_serve.ranking.selection import Selection
+from camera_serve.ranking.survey import LayerSurvey, select_over_model, survey_layer
 from camera_serve.recipe import Recipe, Settings
 from camera_serve.runtime import compute_dtype, pick_device, run_log
 
@@ -129,7 +131,8 @@ def compress(
             try:
                 with run_log(workspace.path / LOG_FILE):
                     logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
-                    _compress_layers(run, windows.tokens, reporter)
+                    selections = _survey_layers(run, windows.tokens, reporter)
+                    _compress_layers(run, windows.tokens, selections, reporter)
                     report = _write_rest(run, print_)
                     logger.info("expert weights: %.1f%% smaller", 100 * report.saved_of_experts)
             except DamagedWeightsError:
@@ -201,19 +204,49 @@ class LayerResult(Settings):
     report: LayerReport | None = None
 
 
-def _compress_layers(run: _Run, tokens: torch.Tensor, report: Reporter) -> None:
+def _survey_layers(run: _Run, tokens: torch.Tensor, report: Reporter) -> dict[int, Selection]:
+    """What a plan for the whole model keeps of each MoE layer, from a pass over the dense model."""
+    if run.recipe.budget == "layer":
+        return {}
+    start, hidden = run.workspace.survey_point()
+    hidden = run.stream.embed(tokens) if hidden is None else hidden
+    report("survey", start)
+    layers = range(start, run.checkpoint.structure.num_layers)
+    with run.stream.loading(layers) as load:
+        for layer in layers:
+            loaded, found = load(), {}
+            if loaded.experts is None:
+                hidden = run.stream.run(layer, loaded, hidden)
+            else:
+                found = survey_layer(run.stream, layer, loaded, hidden).tensors()
+            del loaded
+            run.workspace.commit_survey(layer, found, hidden)
+            report("survey", layer + 1)
+    moe_layers = run.checkpoint.structure.moe_layers
+    surveys = [LayerSurvey.of(run.workspace.survey(layer)) for layer in moe_layers]
+    selections = select_over_model(surveys, run.recipe.plan, run.recipe.align)
+    return dict(zip(moe_layers, selections, strict=True))
+
+
+def _compress_layers(
+    run: _Run, tokens: torch.Tensor, selections: Mapping[int, Selection], report: Reporter
+) -> None:
     start, hidden = run.workspace.resume_point()
     hidden = run.stream.embed(tokens) if hidden is None else hidden
     report("compress", start)
     layers = range(start, run.checkpoint.structure.num_layers)
     with run.stream.loading(layers) as load:
         for layer in layers:
-            hidden = _compress_layer(run, layer, load(), hidden)
+            hidden = _compress_layer(run, layer, load(), hidden, selections.get(layer))
             report("compress", layer + 1)
 
 
 def _compress_layer(
-    run: _Run, layer: int, loaded: StreamedLayer, hidden: torch.Tensor
+    run: _Run,
+    layer: int,
+    loaded: StreamedLayer,
+    hidden: torch.Tensor,
+    selection: Selection | None,
 ) -> torch.Tensor:
     """Algorithm 2 and 3, the body of the loop; returns the input of the next layer."""
     names = run.shards.shards[layer + 1]
@@ -221,7 +254,7 @@ def _compress_layer(
         tensors = _read(run, names)
         result = LayerResult(names=tuple(tensors))
     else:
-        compressed = compress_layer(run.stream, layer, loaded, hidden, run.recipe)
+        compressed = compress_layer(run.stream, layer, loaded, hidden, run.recipe, selection)
         loaded = compressed.loaded
         rest = [name for name in names if name not in run.checkpoint.expert_names]
         tensors = _read(run, rest) | compressed.tensors
@@ -260,9 +293,10 @@ def _layer_result(
         layer=name,
         expert_d_ff=layout.expert_d_ff,
         shared_d_ff=layout.shared_d_ff,
-        tokens_per_expert=tuple(compressed.energies.tokens.tolist()),
+        tokens_per_expert=tuple(compressed.tokens.tolist()),
         energy_kept=compressed.selection.energy_kept,
         rounded_experts=compressed.rounded,
+        unfitted_experts=compressed.unfitted,
     )
     logger.info(
         "%s: kept %d micro-experts, %.1f%% of the energy",

@@ -19,8 +19,15 @@ from camera_serve.models.structure import PROJECTIONS
 from camera_serve.ragged.layout import check_alignment, tier_totals
 from camera_serve.ragged.packing import words_per_row
 from camera_serve.ranking.energy import ROWS_AT_ONCE
+from camera_serve.ranking.gram import WIDEST
 from camera_serve.recipe import Recipe, Settings
 from camera_serve.runtime import compute_dtype
+
+GRAMS = 8
+"""Matrices of an expert's width that elimination holds at a time, of float64."""
+
+SURVEYED = 24
+"""Bytes on disk of what a survey finds of a micro-expert: energy, order and cost."""
 
 DECODING = 16
 """Bytes that a weight takes at most while it is decoded: its codes as integers, in float32, and in
@@ -81,10 +88,11 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
     solver = max((size.peak_bytes(tokens) for size in solves), default=0)
     held = layers_at_once(device) * (layer + mapped)
     batch = max(_batch_bytes(structure, recipe), ROWS_AT_ONCE * structure.d_model * 8)
+    batch = max(batch, _gram_bytes(structure, recipe))
     return Estimate(
         output_bytes=_output_bytes(checkpoint, recipe),
         expert_bytes_before=checkpoint.expert_bytes,
-        expert_bytes_after=tiers * len(structure.moe_layers),
+        expert_bytes_after=_stored_bytes(checkpoint, recipe),
         total_bytes_before=checkpoint.total_bytes,
         disk_bytes=disk_bytes(checkpoint, recipe),
         # A layer writes its output over its input. Beside it lies what its experts are given while
@@ -110,19 +118,33 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
 def disk_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     """Disk space a compression needs at its peak."""
     # The activations are on disk twice for a moment: the new ones, then the rename.
-    return _output_bytes(checkpoint, recipe) + 2 * _hidden_bytes(checkpoint, recipe)
+    hidden = 2 * _hidden_bytes(checkpoint, recipe)
+    if recipe.budget == "layer":
+        return _output_bytes(checkpoint, recipe) + hidden
+    structure = checkpoint.structure
+    surveyed = len(structure.moe_layers) * structure.micro_experts_per_layer * SURVEYED
+    return _output_bytes(checkpoint, recipe) + 2 * hidden + surveyed
 
 
 def _output_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
-    after = _tier_bytes(checkpoint, recipe) * len(checkpoint.structure.moe_layers)
+    after = _stored_bytes(checkpoint, recipe)
     kept = kept_in_fp8(checkpoint) if recipe.keep_fp8 else None
     return checkpoint.total_bytes - checkpoint.expert_bytes - saved_bytes(checkpoint, kept) + after
 
 
-def _tier_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
-    """Stored bytes of one MoE layer's experts, exactly."""
+def _stored_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Stored bytes of all experts, exactly."""
     structure = checkpoint.structure
-    totals = tier_totals(recipe.plan, structure.micro_experts_per_layer, recipe.align)
+    if recipe.budget == "layer":
+        return _tier_bytes(checkpoint, recipe) * len(structure.moe_layers)
+    whole = len(structure.moe_layers) * structure.micro_experts_per_layer
+    return _tier_bytes(checkpoint, recipe, whole)
+
+
+def _tier_bytes(checkpoint: Checkpoint, recipe: Recipe, micro_experts: int | None = None) -> int:
+    """Stored bytes of so many micro-experts, exactly; None: those of a MoE layer."""
+    count = micro_experts or checkpoint.structure.micro_experts_per_layer
+    totals = tier_totals(recipe.plan, count, recipe.align)
     return sum(
         count * _micro_expert_bytes(checkpoint, bits, recipe.group_size)
         for bits, count in totals.items()
@@ -159,6 +181,18 @@ def _decoding_bytes(checkpoint: Checkpoint) -> int:
     """The largest quantized weight of the original, while it is decoded."""
     coded = (entry for entry in checkpoint.entries.values() if entry.coding)
     return DECODING * max((math.prod(entry.shape) for entry in coded), default=0)
+
+
+def _gram_bytes(structure: MoeStructure, recipe: Recipe) -> int:
+    """Float64 matrices of the widest expert that has a Gram matrix, while it is taken apart."""
+    widths = [d_ff for d_ff in (structure.d_ff, structure.shared_d_ff) if d_ff <= WIDEST]
+    if not _has_grams(recipe) or not widths:
+        return 0
+    return GRAMS * 8 * max(widths) ** 2
+
+
+def _has_grams(recipe: Recipe) -> bool:
+    return recipe.refit or recipe.budget == "model"
 
 
 def _batch_bytes(structure: MoeStructure, recipe: Recipe) -> int:
@@ -199,6 +233,12 @@ def _flops(structure: MoeStructure, recipe: Recipe, tokens: int) -> float:
     routed = structure.top_k * structure.d_ff + structure.shared_d_ff
     attention = 2 * (4 * structure.d_model**2 + 2 * structure.d_model * recipe.calibration.seq_len)
     per_token = attention + 2 * routed * structure.d_model * (2 + 3 * (1 - recipe.plan.pruned))
+    gram = 2 * (structure.top_k * structure.d_ff**2 + structure.shared_d_ff**2)
+    if recipe.budget == "model":
+        # The dense model once, its Gram matrices, and taking each expert apart.
+        per_token += attention + 6 * routed * structure.d_model + gram
+    if recipe.refit:
+        per_token += gram
     return tokens * per_token * structure.num_layers
 
 

@@ -1,7 +1,7 @@
 """Is a checkpoint what its config says, and are its micro-experts those of the original model?"""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -287,10 +287,15 @@ def _dropped(checkpoint: Checkpoint, original: Checkpoint, names: ExpertNames) -
     if ours and theirs:
         for name in names.values():
             _check_same_dtype(checkpoint, original, name)
+    # Refitted down vectors are nobody's: gate and up say whose they are, checksums that they are
+    # the ones that were written.
+    quantization = checkpoint.quantization
+    refitted = quantization is not None and quantization.recipe.refit
+    compared = [p for p in PROJECTIONS if not (refitted and p == "down")]
     unmatched: dict[bytes, list[int]] = defaultdict(list)
-    for index, triple in enumerate(_triples(theirs)):
+    for index, triple in enumerate(_triples(theirs, compared)):
         unmatched[triple].append(index)
-    for row, triple in enumerate(_triples(ours)):
+    for row, triple in enumerate(_triples(ours, compared)):
         if checkpoint.quantization is None and not any(triple):
             continue  # What `camera_serve.converters.dense` fills up with.
         if triple not in unmatched:
@@ -313,9 +318,11 @@ def _read_expert(checkpoint: Checkpoint, names: ExpertNames) -> dict[Projection,
     return {p: _bytes(w.T if p == "down" else w) for p, w in weights.items()}
 
 
-def _triples(rows: dict[Projection, torch.Tensor]) -> Iterator[bytes]:
+def _triples(
+    rows: dict[Projection, torch.Tensor], compared: Sequence[Projection]
+) -> Iterator[bytes]:
     if rows:
-        for triple in torch.cat([rows[p] for p in PROJECTIONS], dim=1).numpy():
+        for triple in torch.cat([rows[p] for p in compared], dim=1).numpy():
             yield triple.tobytes()
 
 

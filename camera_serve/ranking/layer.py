@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from camera_serve.calibration.attention import AddsNothing, without_attention
-from camera_serve.calibration.inputs import InputRecorder
+from camera_serve.calibration.inputs import InputRecorder, RoutedInputs
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.errors import CalibrationError, UnsupportedModelError
 from camera_serve.ranking.energy import (
@@ -44,6 +44,31 @@ def measure(
         routed.register_forward_pre_hook(recorder)
     if loaded.shared is not None:
         shared = SharedExpertMeter(loaded.shared, loaded.shared_gate)
+    _run_up_to_experts(stream, layer, loaded, hidden, routed, shared)
+    sums = shared.sums if shared else None
+    return _energies(stream, layer, loaded, routed.sums, sums, alpha)
+
+
+@torch.inference_mode()
+def record(
+    stream: ModelStream, layer: int, loaded: StreamedLayer, hidden: torch.Tensor
+) -> RoutedInputs:
+    """As `measure`, but only what the experts were given."""
+    recorder, routed = InputRecorder(), AddsNothing()
+    routed.register_forward_pre_hook(recorder)
+    _run_up_to_experts(stream, layer, loaded, hidden, routed, AddsNothing())
+    return recorder.routed(stream.structure.num_experts)
+
+
+def _run_up_to_experts(
+    stream: ModelStream,
+    layer: int,
+    loaded: StreamedLayer,
+    hidden: torch.Tensor,
+    routed: nn.Module,
+    shared: nn.Module | None,
+) -> None:
+    """Run a layer with experts that add nothing, and go on from there where its form allows."""
     silent = without_attention(stream, layer, loaded, hidden)
     with loaded.experts_replaced(routed, shared):
         if silent:
@@ -54,20 +79,26 @@ def measure(
                 pass
     for name, module in silent.items():
         setattr(loaded.module, name, module)
-    sums = shared.sums if shared else None
-    return _energies(stream, layer, loaded, routed.sums, sums, alpha)
 
 
 @torch.inference_mode()
 def run_measured(
-    stream: ModelStream, layer: int, loaded: StreamedLayer, hidden: torch.Tensor, alpha: float
+    stream: ModelStream,
+    layer: int,
+    loaded: StreamedLayer,
+    hidden: torch.Tensor,
+    alpha: float,
+    recorder: InputRecorder | None = None,
 ) -> LayerEnergies:
     """Run the calibration tokens through one MoE layer as it is; the energies of its experts.
 
     hidden: `[samples, seq_len, d_model]`, the layer's input, which its output takes the place of.
+    `recorder` keeps what the routed experts were given.
     """
     assert loaded.experts is not None
     routed, shared = MeasuredExperts(loaded.experts, stream.device), None
+    if recorder:
+        routed.register_forward_pre_hook(recorder)
     if loaded.shared is not None:
         shared = MeasuredSharedExpert(loaded.shared, loaded.shared_gate)
     with loaded.experts_replaced(routed, shared):

@@ -1,5 +1,6 @@
 """Energies + tier plan -> which micro-experts of a layer are kept, in which order and tier."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,14 +47,25 @@ def select(energies: LayerEnergies, plan: TierPlan, align: int) -> Selection:
     """The micro-experts a plan keeps of one layer (Algorithm 2, line 9; Algorithm 3, lines 5-8)."""
     per_expert = energies.per_expert
     counts = tier_counts(per_expert, plan, align)
+    widths = [sum(tiers[: len(plan.bits)]) for tiers in counts]
+    kept = [rank(e)[:width] for e, width in zip(per_expert, widths, strict=True)]
+    return selection_of(energies, plan, counts, kept)
+
+
+def selection_of(
+    energies: LayerEnergies,
+    plan: TierPlan,
+    counts: Sequence[tuple[int, ...]],
+    kept: list[torch.Tensor],
+) -> Selection:
+    """What is kept of a layer: by expert, the shared one last, counts of all tiers and indices."""
+    per_expert = energies.per_expert
     stored = len(plan.bits)
     num_experts = len(energies.experts)
     layout = LayerLayout(
         experts=tuple(tiers[:stored] for tiers in counts[:num_experts]),
         shared=tuple(tiers[:stored] for tiers in counts[num_experts:]),
     )
-    widths = layout.expert_d_ff + layout.shared_d_ff
-    kept = [rank(e)[:width] for e, width in zip(per_expert, widths, strict=True)]
     kept_energy = sum(float(e[k].sum()) for e, k in zip(per_expert, kept, strict=True))
     total = sum(float(e.sum()) for e in per_expert)
     share = kept_energy / total if total else 1.0

@@ -58,7 +58,11 @@ class CameraConfig(QuantizationConfig):
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """The dtypes the kernels compute in, and vLLM's FP8 layers where there are some."""
         ours = [torch.bfloat16, torch.float16, torch.float32]
-        theirs = self._outside.get_supported_act_dtypes() if self._outside else ours
+        if self.quantization.outside_experts is None:
+            return ours
+        from camera_serve.vllm_plugin.outside import outside_method
+
+        theirs = outside_method(self.quantization.outside_experts).get_supported_act_dtypes()
         return [dtype for dtype in ours if dtype in theirs]
 
     @classmethod

@@ -59,7 +59,8 @@ class LayerMethods:
         self._structure = structure
         self._served_names = served_names
         self._stored_drafts = stored_drafts
-        self._outside = outside_method(quantization.outside_experts)
+        outside = quantization.outside_experts
+        self._outside = outside_method(outside) if outside else None
         self._packed: dict[str, PackedSharedExpert] = {}
 
     def of(

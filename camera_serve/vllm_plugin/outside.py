@@ -13,13 +13,11 @@ MERGED = {
 theirs, but those of Qwen only after the config has taken note."""
 
 
-def outside_method(outside: OutsideExperts | None) -> Fp8Config | None:
-    """vLLM's settings of FP8 weights and of activations that it quantizes itself; None for none.
+def outside_method(outside: OutsideExperts) -> Fp8Config:
+    """vLLM's settings of FP8 weights and of activations that it quantizes itself.
 
     It is asked for the methods of layers alone, and only of those in `outside.modules`.
     """
-    if outside is None:
-        return None
     block = outside.weight_block_size
     return Fp8Config(
         is_checkpoint_fp8_serialized=True,

@@ -30,6 +30,7 @@ from transformers import (
 
 from camera_serve import Calibration, Recipe, TierPlan, compress
 from camera_serve.checkpoint.files import NOT_DOWNLOADED, side_files
+from camera_serve.checkpoint.format import MARKER_FILE
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.checkpoint.writer import copy_side_files
 from tests import tiny_models
@@ -337,8 +338,8 @@ def test_settings_name_no_code_that_was_left_behind(model: Path, tmp_path: Path)
 
 
 def test_the_hub_is_asked_for_what_is_carried_and_for_the_weights(model: Path) -> None:
-    own = [*digest(model), "2_Dense/pytorch_model.bin"]
+    own = [*digest(model), "2_Dense/pytorch_model.bin", "model.safetensors.index.json"]
     found = filter_repo_objects([*own, *STALE], ignore_patterns=list(NOT_DOWNLOADED))
-    extra = {"original/tokenizer.model", "onnx/config.json"}
+    extra = {"original/tokenizer.model", "onnx/config.json", MARKER_FILE}
     extra |= {name for name in STALE if name.startswith("checkpoint-500/")}
     assert set(found) - extra == set(own)

@@ -124,3 +124,19 @@ def test_a_model_that_is_not_there_is_one_line_with_the_remedy(
         "being downloaded: unset it, or give a local folder\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compressed_model_of_the_hub_is_as_compress_wrote_it(
+    run: Run, model: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert run("compress", model, "-o", out, "--prune", "0.4", *small).exit_code == 0
+    with serving(out) as hub:
+        done = download(hub, tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    verified = run("verify", MODEL, "--against", model)
+    assert verified.exit_code == 0 and "more that engines read" in verified.stdout, verified.output
+    assert run("inspect", MODEL).exit_code == 0
+    assert run("convert", MODEL, "--to", "dense", "-o", tmp_path / "dense").exit_code == 0
+    assert run("verify", tmp_path / "dense", "--against", model).exit_code == 0

@@ -22,6 +22,8 @@ from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.checkpoint.workspace import Workspace
 from camera_serve.compression import sizing
 from camera_serve.errors import CheckpointError, DamagedWeightsError, OutputError
+from camera_serve.evaluation.fidelity import output_errors
+from camera_serve.evaluation.verification import verify
 from camera_serve.progress import Progress
 from tests import drafts, pruning, quantized, tiny_models
 from tests.editing import digest, edit_weights
@@ -586,3 +588,65 @@ def test_a_run_killed_before_it_began_starts_anew(model: Path, tmp_path: Path, t
     (tmp_path / "out.partial" / ".state").mkdir(parents=True)
     compress(model, tmp_path / "out", recipe(text), resume=True)
     assert Checkpoint.open(tmp_path / "out").quantization
+
+
+WHOLE: dict[str, Any] = {"budget": "model", "refit": True, "weighted": True}
+
+
+@pytest.mark.parametrize("plan", ["16:0.6,0:0.4", QUANTIZE])
+def test_a_plan_for_the_whole_model_has_the_bytes_it_was_estimated(
+    model: Path, tmp_path: Path, text: Path, plan: str
+) -> None:
+    asked = by_plan(text, plan, **WHOLE)
+    foreseen = estimate(model, asked)
+    report = compress(model, tmp_path / "out", asked)
+    assert report.expert_bytes_after == foreseen.expert_bytes_after
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    assert checkpoint.expert_bytes == foreseen.expert_bytes_after
+
+
+@pytest.mark.parametrize("plan", ["16:0.6,0:0.4", QUANTIZE])
+def test_killed_in_the_survey_or_after_it_a_run_resumes_to_the_same_bytes(
+    model: Path, tmp_path: Path, text: Path, plan: str
+) -> None:
+    asked = by_plan(text, plan, **WHOLE)
+    compress(model, tmp_path / "whole", asked)
+    stops = [("survey", 1), ("survey", 2), ("compress", 1)]
+
+    def stop(progress: Progress) -> None:
+        if stops and (progress.step, progress.done) == stops[0]:
+            del stops[0]
+            raise KeyboardInterrupt
+
+    for _ in range(len(stops)):
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, tmp_path / "out", asked, resume=True, on_progress=stop)
+    compress(model, tmp_path / "out", asked, resume=True, on_progress=stop)
+    assert not stops
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_refitted_experts_keep_gate_and_up_and_are_nearer_to_the_original(
+    model: Path, tmp_path: Path, text: Path
+) -> None:
+    errors = {}
+    for refit in (False, True):
+        asked = by_plan(text, "16:0.5,0:0.5", refit=refit)
+        compress(model, tmp_path / f"{refit}", asked)
+        found = output_errors(
+            Checkpoint.open(model),
+            Checkpoint.open(tmp_path / f"{refit}"),
+            asked.calibration,
+            device=torch.device("cpu"),
+        )
+        errors[refit] = found[0]
+    assert errors[True] < 0.9 * errors[False]
+    plain, fitted = (
+        {n: t for f in (tmp_path / name).glob("*.safetensors") for n, t in load_file(f).items()}
+        for name in ("False", "True")
+    )
+    first = "model.layers.0.mlp."
+    changed = {n for n in plain if n.startswith(first) and not plain[n].equal(fitted[n])}
+    assert changed
+    assert all(name.endswith("down_proj.weight") for name in changed)
+    verify(tmp_path / "True", against=model)

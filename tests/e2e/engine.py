@@ -272,6 +272,9 @@ def _inspect_here(model: Path) -> None:
     module, name = _VLLM_MODELS[architecture]
     found = importlib.import_module(module if "." in module else f"{_MODELS}.{module}")
     ModelRegistry.register_model(architecture, getattr(found, name))
+    # Where numba is imported, as Kimi-K2.5's pictures ask for, vLLM's CPU workers fail: they look
+    # into every object of every module, and this one's takes `__dict__` for a C function.
+    sys.modules.pop("llvmlite.binding.ffi", None)
 
 
 def _main(folder: Path) -> None:

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.transformers_utils.config import get_config
 
 from camera_serve.errors import ServingError
@@ -99,7 +103,7 @@ def test_dummy_loading_drafts_as_well(checkpoint: Path) -> None:
 
 def test_a_compressed_model_drafts_for_another_one(checkpoint: Path, tmp_path: Path) -> None:
     prefix = "draft_model.model.layers.1.mlp"
-    shared = method(checkpoint, f"{prefix}.shared_experts.down_proj", kind=ReplicatedLinear)
+    shared = method(checkpoint, f"{prefix}.shared_experts.down_proj", kind=RowParallelLinear)
     assert isinstance(shared, SharedDownMethod)
     message = refusal(checkpoint, "draft_model.model.layers.0.mlp.experts")
     assert "MoE layer 'model.layers.0.mlp', which" in message

@@ -32,7 +32,11 @@ def opened_as_by_vllm(path: Path) -> CameraConfig:
     config = open_as_vllm_does(path)
     (architecture,) = json.loads((path / "config.json").read_text())["architectures"]
     module, name = _VLLM_MODELS[architecture]
-    found = import_module(module if "." in module else f"vllm.model_executor.models.{module}")
+    try:
+        found = import_module(module if "." in module else f"vllm.model_executor.models.{module}")
+    except ModuleNotFoundError as error:
+        assert error.name == "torchvision"
+        pytest.skip("vLLM's model sees pictures with torchvision: tests/e2e serves it")
     if mapper := getattr(getattr(found, name), "hf_to_vllm_mapper", None):
         config.apply_vllm_mapper(mapper)
     return config

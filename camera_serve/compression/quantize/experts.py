@@ -6,13 +6,13 @@ tier, split or order leaves it intact. Experts are solved many at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch.nn import functional
 
 from camera_serve.calibration.inputs import RoutedInputs
+from camera_serve.compression.quantize.compensation import activations_of, compensated
 from camera_serve.compression.quantize.cost import SolveSize
 from camera_serve.compression.quantize.gptq import solve_along_columns, solve_along_rows
 from camera_serve.models.structure import Projection
@@ -44,14 +44,18 @@ def quantize_experts(
     *,
     group_size: int,
     solver: Solver,
+    weighted: bool = False,
+    refit: bool = False,
     device: torch.device,
 ) -> Iterator[QuantizedExpert]:
     """Quantize the rows of `experts` whose `row_bits` are below 16 (Algorithm 3, lines 9-13).
 
     experts: 16-bit rows, falling tiers in each expert; row_bits: int64 `[num_rows]`. Rows of 16
-    bits come first in an expert and stay as they are, so they take no part in its error. Yields
-    the experts with rows below 16 bits, in order; a caller may overwrite the rows of an expert
-    once it has been given it, so that a layer need not be held twice.
+    bits come first in an expert and stay as they are, so they take no part in its error.
+    weighted: tokens count in the Hessians by the square of their routing weight, as they do in the
+    output; refit: down makes up for what quantizing gate and up has lost, where held back tokens
+    are better off. Yields the experts with rows below 16 bits, in order; a caller may overwrite the
+    rows of an expert once it has been given it, so that a layer need not be held twice.
     """
     packed = row_bits < 16
     widths = [int(packed[experts.rows(e)].sum()) for e in range(len(experts.offsets) - 1)]
@@ -61,7 +65,7 @@ def quantize_experts(
         usable = tuple(e if solver == "gptq" and seen[e] >= MIN_TOKENS else None for e in chunk)
         rows = [slice(experts.offsets[e + 1] - widths[e], experts.offsets[e + 1]) for e in chunk]
         batch = _Batch.load(experts, row_bits, rows, usable, device)
-        solved = _solve(batch, inputs, size)
+        solved = _solve(batch, inputs if weighted else _unweighted(inputs), size, refit)
         # Or the next chunk would be loaded beside this one.
         del batch
         for expert, (quantized, failed) in zip(chunk, solved, strict=True):
@@ -112,8 +116,12 @@ def _chunks(widths: list[int], size: SolveSize) -> Iterator[list[int]]:
         yield experts[start : start + size.experts_at_once]
 
 
+def _unweighted(inputs: RoutedInputs) -> RoutedInputs:
+    return replace(inputs, weights=tuple(torch.ones(len(tokens)) for tokens in inputs.tokens))
+
+
 def _solve(
-    batch: _Batch, inputs: RoutedInputs, size: SolveSize
+    batch: _Batch, inputs: RoutedInputs, size: SolveSize, refit: bool
 ) -> list[tuple[dict[Projection, QuantizedRows], bool]]:
     """The quantized rows of each expert of a batch, and whether a Hessian of it failed."""
     levels, width = batch.levels.repeat(1, 2), batch.down.shape[1]
@@ -121,9 +129,10 @@ def _solve(
     gate_up = solve_along_columns(batch.gate_up, hessians, levels, size.group_size)
 
     def activations(slot: int, x: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.dequantized[slot].chunk(2)
-        return functional.silu(x @ gate.T) * (x @ up.T)
+        return activations_of(gate_up.dequantized[slot], x)
 
+    if refit:
+        _compensate(batch, gate_up.dequantized, inputs, size.tokens_at_once)
     hessians = _hessians(batch, inputs, size, width, activations)
     down = solve_along_rows(
         batch.down.transpose(1, 2), hessians, batch.levels, size.group_size, batch.widths
@@ -141,6 +150,22 @@ def _solve(
         ({projection: rows[slot] for projection, rows in by_projection.items()}, failed[slot])
         for slot in range(len(batch.widths))
     ]
+
+
+def _compensate(batch: _Batch, quantized: torch.Tensor, inputs: RoutedInputs, at_once: int) -> None:
+    """Let each expert's down make up, in place, for what its gate and up have lost."""
+    for slot, expert in enumerate(batch.experts):
+        if expert is None:
+            continue
+        width, half = batch.widths[slot], batch.down.shape[1]
+        own = [
+            torch.cat([m[slot, :width], m[slot, half : half + width]])
+            for m in (batch.gate_up, quantized)
+        ]
+        down = batch.down[slot, :width]
+        fitted = compensated(own[0], own[1], down, inputs.of(expert), at_once)
+        if fitted is not None:
+            batch.down[slot, :width] = fitted
 
 
 def _hessians(
@@ -161,8 +186,8 @@ def _hessians(
         if expert is None:
             continue
         hessians[slot] = 0
-        for x in inputs.batches(expert, size.tokens_at_once, device):
-            f = features(slot, x)
+        for x, weights in inputs.batches(expert, size.tokens_at_once, device):
+            f = features(slot, x) * weights[:, None]
             hessians[slot] += f.T @ f
     return hessians
 

@@ -49,7 +49,10 @@ def test_the_time_of_a_solve_is_foreseen() -> None:
     num_experts, width, d_model, tokens = 8, 128, 512, 512
     matrices = (torch.randn(num_experts * width, d_model) for _ in range(3))
     offsets = tuple(range(0, num_experts * width + 1, width))
-    inputs = RoutedInputs(torch.randn(tokens, d_model), (torch.arange(tokens),) * num_experts)
+    every, alike = torch.arange(tokens), torch.ones(tokens)
+    inputs = RoutedInputs(
+        torch.randn(tokens, d_model), (every,) * num_experts, (alike,) * num_experts
+    )
     row_bits = torch.full((num_experts * width,), 2)
     start = time.perf_counter()
     solved = quantize_experts(

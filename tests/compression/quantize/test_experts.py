@@ -20,10 +20,15 @@ def make(widths: list[int], num_tokens: int = 400) -> tuple[RaggedTier[torch.Ten
     gate, up, down = (torch.randn(sum(widths), D_MODEL) * 0.1 for _ in range(3))
     x = torch.randn(num_tokens, 24) @ torch.randn(24, D_MODEL)
     ids = torch.randint(0, len(widths), (num_tokens, 1))
+    weights = torch.rand(num_tokens, 1)
     recorder = InputRecorder()
     for part in (slice(0, 150), slice(150, None)):
-        recorder(torch.nn.Identity(), (x[part], ids[part]))
+        recorder(torch.nn.Identity(), (x[part], ids[part], weights[part]))
     return RaggedTier(gate, up, down, offsets), recorder.routed(len(widths))
+
+
+def only(inputs: RoutedInputs, expert: int) -> RoutedInputs:
+    return RoutedInputs(inputs.x, (inputs.tokens[expert],), (inputs.weights[expert],))
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ def output_error(experts: RaggedTier[torch.Tensor], solved: Solved, inputs: Rout
 def test_inputs_are_sorted_to_the_experts_they_were_routed_to() -> None:
     recorder = InputRecorder()
     x = torch.arange(8.0).view(4, 2)
-    recorder(torch.nn.Identity(), (x[:3], torch.tensor([[0, 2], [2, 1], [1, 0]])))
-    recorder(torch.nn.Identity(), (x[3:], torch.tensor([[2, 0]])))
+    recorder(torch.nn.Identity(), (x[:3], torch.tensor([[0, 2], [2, 1], [1, 0]]), torch.ones(3, 2)))
+    recorder(torch.nn.Identity(), (x[3:], torch.tensor([[2, 0]]), torch.ones(1, 2)))
     inputs = recorder.routed(4)
     assert [tokens.tolist() for tokens in inputs.tokens] == [[0, 2, 3], [1, 2], [0, 1, 3], []]
     assert inputs.x.equal(x)
@@ -126,7 +131,7 @@ def test_ragged_widths_are_solved_as_if_alone(widths: list[int]) -> None:
             continue
         rows = experts.rows(expert)
         one = RaggedTier(experts.gate[rows], experts.up[rows], experts.down[rows], (0, width))
-        alone = quantize(one, [2] * width, RoutedInputs(inputs.x, (inputs.tokens[expert],)))
+        alone = quantize(one, [2] * width, only(inputs, expert))
         for name in ("gate", "up", "down"):
             codes = getattr(whole, name).codes[rows]
             assert (codes != getattr(alone, name).codes).float().mean() < 0.005
@@ -143,7 +148,11 @@ def test_rows_of_16_bits_are_left_out() -> None:
 
 def test_an_expert_that_saw_too_few_tokens_is_rounded_and_named() -> None:
     experts, inputs = make([16, 16])
-    few = RoutedInputs(inputs.x, (inputs.tokens[0], inputs.tokens[1][:5]))
+    few = RoutedInputs(
+        inputs.x,
+        (inputs.tokens[0], inputs.tokens[1][:5]),
+        (inputs.weights[0], inputs.weights[1][:5]),
+    )
     solved, rounded = quantize(experts, [2] * 32, few), quantize(experts, [2] * 32, few, "rtn")
     assert solved.rounded == [1]
     assert solved.gate.codes[16:].equal(rounded.gate.codes[16:])
@@ -183,7 +192,7 @@ def test_a_wide_neighbour_does_not_change_a_narrow_expert() -> None:
     alone = quantize(
         RaggedTier(experts.gate[:6], experts.up[:6], experts.down[:6], (0, 6)),
         [2] * 6,
-        RoutedInputs(inputs.x, inputs.tokens[:1]),
+        only(inputs, 0),
     )
     assert (both.down.codes[:6] != alone.down.codes).float().mean() < 0.005
 
@@ -194,3 +203,67 @@ def test_hessians_are_the_same_summed_in_batches(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cost, "TOKENS_AT_ONCE", 7)
     parts = quantize(experts, [3] * 32, inputs)
     assert (whole.down.codes != parts.down.codes).float().mean() < 0.01
+
+
+def weighted_error(
+    experts: RaggedTier[torch.Tensor], parts: list[QuantizedExpert], inputs: RoutedInputs
+) -> float:
+    """‖Σ a (ŷ - y)‖² over the tokens of every expert, a being their routing weights."""
+    error = 0.0
+    for part in parts:
+        rows, x = experts.rows(part.expert), inputs.x[inputs.tokens[part.expert]]
+        both = []
+        for gate, up, down in (
+            (experts.gate[rows], experts.up[rows], experts.down[rows]),
+            [part.rows[p].dequantize() for p in PROJECTIONS],
+        ):
+            both.append((functional.silu(x @ gate.T) * (x @ up.T)) @ down)
+        off = (both[1] - both[0]) * inputs.weights[part.expert][:, None]
+        error += off.square().sum().item()
+    return error
+
+
+def _parts(
+    experts: RaggedTier[torch.Tensor], inputs: RoutedInputs, bits: int, **switches: bool
+) -> list[QuantizedExpert]:
+    row_bits = torch.full((experts.offsets[-1],), bits)
+    return list(
+        quantize_experts(
+            experts, row_bits, inputs, group_size=32, solver="gptq", device=CPU, **switches
+        )
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_down_makes_up_for_what_gate_and_up_have_lost(bits: int) -> None:
+    experts, inputs = make([32, 32, 32], num_tokens=2000)
+    plain = _parts(experts, inputs, bits, weighted=True)
+    fitted = _parts(experts, inputs, bits, weighted=True, refit=True)
+    for before, after in zip(plain, fitted, strict=True):
+        for projection in ("gate", "up"):
+            assert before.rows[projection].codes.equal(after.rows[projection].codes)
+    errors = [weighted_error(experts, parts, inputs) for parts in (fitted, plain)]
+    assert errors[0] < 0.98 * errors[1]
+
+
+def test_tokens_count_by_their_routing_weight() -> None:
+    experts, inputs = make([32, 32], num_tokens=1000)
+    heavy = tuple(w**6 for w in inputs.weights)
+    inputs = RoutedInputs(inputs.x, inputs.tokens, heavy)
+    errors = [
+        weighted_error(experts, _parts(experts, inputs, 2, weighted=weighted), inputs)
+        for weighted in (True, False)
+    ]
+    assert errors[0] < errors[1]
+
+
+def test_a_fit_that_held_back_tokens_do_not_bear_out_is_not_taken() -> None:
+    experts, inputs = make([32], num_tokens=800)
+    # The tokens to fit to are all alike and say nothing of the others.
+    x = inputs.x.clone()
+    x[:700] = x[0] + 1e-3 * x[:700]
+    inputs = RoutedInputs(x, inputs.tokens, inputs.weights)
+    plain = _parts(experts, inputs, 2, weighted=True)
+    fitted = _parts(experts, inputs, 2, weighted=True, refit=True)
+    _, held = inputs.split()
+    assert weighted_error(experts, fitted, held) <= 1.05 * weighted_error(experts, plain, held)

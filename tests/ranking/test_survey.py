@@ -1,0 +1,156 @@
+"""The survey of a model against transformers' own forward, and plans over all its layers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from camera_serve import TierPlan
+from camera_serve.calibration.streaming import ModelStream
+from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.ranking.elimination import eliminate
+from camera_serve.ranking.selection import LayerEnergies
+from camera_serve.ranking.survey import (
+    KEPT_OF_A_LAYER,
+    LayerSurvey,
+    select_over_model,
+    survey_layer,
+)
+from tests import tiny_models
+
+CPU = torch.device("cpu")
+LAYER = 1
+
+
+@pytest.fixture(scope="module")
+def surveyed(tmp_path_factory: pytest.TempPathFactory):
+    path = tiny_models.save(
+        "qwen2_moe", tmp_path_factory.mktemp("models") / "model", dtype=torch.float32
+    )
+    stream = ModelStream(Checkpoint.open(path), CPU, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, tiny_models.VOCAB_SIZE, (6, 40), generator=generator)
+    hidden = stream.embed(tokens)
+    for layer in range(LAYER + 1):
+        survey = survey_layer(stream, layer, stream.load(layer), hidden)
+    return path, tokens, survey, hidden
+
+
+@torch.no_grad()
+def _dense(path: Path, tokens: torch.Tensor):
+    """What enters and leaves the layer's MoE, by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    seen = {}
+    layer = model.model.layers[LAYER]
+    layer.mlp.register_forward_hook(lambda module, given, made: seen.update(x=given[0]))
+    layer.register_forward_hook(lambda module, given, made: seen.update(out=made))
+    model(tokens)
+    return layer.mlp, seen["x"].flatten(0, 1), seen["out"]
+
+
+def test_the_layer_goes_on_as_it_is_and_weighs_by_its_residual_stream(surveyed) -> None:
+    path, tokens, survey, hidden = surveyed
+    _, _, out = _dense(path, tokens)
+    torch.testing.assert_close(hidden, out)
+    assert survey.weight == pytest.approx(1 / float(out.square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("expert", [0, 5])
+def test_experts_are_taken_apart_by_what_they_made_of_their_tokens(surveyed, expert: int) -> None:
+    path, tokens, survey, _ = surveyed
+    moe, x, _ = _dense(path, tokens)
+    _, weights, ids = moe.gate(x)
+    rows, slots = (ids == expert).nonzero(as_tuple=True)
+    gate, up = moe.experts.gate_up_proj[expert].detach().chunk(2)
+    hidden = functional.silu(x[rows] @ gate.T) * (x[rows] @ up.T)
+    phi = (hidden * weights[rows, slots][:, None]).double().detach()
+    down = moe.experts.down_proj[expert].detach().T
+    torch.testing.assert_close(
+        survey.energies.experts[expert],
+        phi.square().sum(0) * down.double().square().sum(1),
+        rtol=1e-4,
+        atol=0,
+    )
+    (_,), (costs,) = eliminate((phi.T @ phi)[None], down[None])
+    torch.testing.assert_close(survey.costs[expert], costs, rtol=1e-2, atol=0)
+
+
+def test_the_shared_expert_counts_by_its_gate(surveyed) -> None:
+    path, tokens, survey, _ = surveyed
+    moe, x, _ = _dense(path, tokens)
+    with torch.no_grad():
+        shared = moe.shared_expert
+        hidden = functional.silu(shared.gate_proj(x)) * shared.up_proj(x)
+        phi = (hidden * torch.sigmoid(moe.shared_expert_gate(x))).double()
+        down = shared.down_proj.weight.T
+        (_,), (costs,) = eliminate((phi.T @ phi)[None], down[None])
+    torch.testing.assert_close(survey.costs[-1], costs, rtol=1e-2, atol=0)
+
+
+def test_a_survey_comes_back_from_its_tensors(surveyed) -> None:
+    _, _, survey, _ = surveyed
+    again = LayerSurvey.of(survey.tensors())
+    assert again.weight == survey.weight
+    assert again.energies.experts.equal(survey.energies.experts)
+    for part in ("order", "costs"):
+        for one, other in zip(getattr(again, part), getattr(survey, part), strict=True):
+            assert one.equal(other)
+
+
+def _made_up(num_layers: int, weights: list[float], d_ff: int = 32, experts: int = 4):
+    """Surveys of random worth, and of no shared expert."""
+    generator = torch.Generator().manual_seed(1)
+    surveys = []
+    for layer in range(num_layers):
+        energies = torch.rand(experts, d_ff, generator=generator, dtype=torch.float64) ** 4
+        costs = [own.sort().values for own in energies]
+        order = [own.argsort() for own in energies]
+        tokens = torch.full((experts,), 100)
+        found = LayerEnergies(energies, torch.empty(0, dtype=torch.float64), tokens)
+        surveys.append(LayerSurvey(found, weights[layer], tuple(order), tuple(costs)))
+    return surveys
+
+
+@pytest.mark.parametrize("plan", ["16:0.6,0:0.4", "3:0.2,2:0.6,1:0.2", "16:0.1,4:0.3,2:0.3,0:0.3"])
+@pytest.mark.parametrize("align", [1, 8])
+def test_the_shares_are_of_the_whole_model(plan: str, align: int) -> None:
+    surveys = _made_up(3, [1.0, 3.0, 0.2])
+    parsed = TierPlan.parse(plan)
+    selections = select_over_model(surveys, parsed, align)
+    total = 3 * 4 * 32
+    for tier, bits in enumerate(parsed.bits):
+        share = next(t.fraction for t in parsed.tiers if t.bits == bits)
+        count = sum(sum(tiers[tier] for tiers in s.layout.experts) for s in selections)
+        assert abs(count - share * total) <= align
+    for selection in selections:
+        for tiers, kept in zip(selection.layout.experts, selection.experts, strict=True):
+            assert len(kept) == sum(tiers) == len(set(kept.tolist()))
+            assert all(count % align == 0 for count in tiers)
+
+
+def test_layers_whose_output_matters_more_keep_more() -> None:
+    surveys = _made_up(3, [1.0, 10.0, 0.1])
+    kept = [
+        sum(selection.layout.expert_d_ff)
+        for selection in select_over_model(surveys, TierPlan.prune(0.5), 1)
+    ]
+    assert kept[1] > kept[0] > kept[2]
+
+
+def test_no_layer_is_emptied() -> None:
+    surveys = _made_up(3, [1.0, 1.0, 1e-12])
+    selections = select_over_model(surveys, TierPlan.prune(0.6), 1)
+    assert sum(selections[2].layout.expert_d_ff) == round(KEPT_OF_A_LAYER * 4 * 32)
+
+
+def test_what_stays_is_what_would_have_gone_last_by_falling_energy() -> None:
+    (survey,) = _made_up(1, [1.0])
+    # Another order than that of the energies.
+    order = tuple(torch.randperm(32) for _ in survey.order)
+    survey = LayerSurvey(survey.energies, 1.0, order, survey.costs)
+    (selection,) = select_over_model([survey], TierPlan.prune(0.5), 1)
+    for expert, kept in enumerate(selection.experts):
+        assert set(kept.tolist()) == set(order[expert][32 - len(kept) :].tolist())
+        assert (survey.energies.experts[expert][kept].diff() <= 0).all()
