@@ -386,6 +386,23 @@ _RENAMED = {
 FAMILIES = tuple(family for family in _SETTINGS if is_new_enough(family))
 """Every model type that is supported with the installed transformers."""
 
+FORMS = tuple(
+    family
+    for family in (
+        "qwen2_moe",  # A shared expert behind a gate.
+        "mixtral",  # w1, w2 and w3, in a block of another name.
+        "deepseek_v3",  # Grouped routing, a dense layer before, a shared expert without a gate.
+        "qwen3_5_moe",  # Nested, fused, with linear attention, a draft and parts that see.
+        "qwen3_vl_moe",  # Fused and transposed.
+        "kimi_k25",  # Names that begin in another way.
+        "granitemoe",  # Fused under names of its own; multipliers.
+        "lfm2_moe",  # Convolutions, and another last norm.
+        "laguna",  # Routed experts that are scaled after their sum.
+    )
+    if family in FAMILIES
+)
+"""A family for each form that models and checkpoints have, for tests that others add nothing to."""
+
 SAVED_AS_PUBLISHED = tuple(family for family in FAMILIES if family not in _RENAMED)
 """Those of which transformers gives every tensor the name it has in the published checkpoints."""
 

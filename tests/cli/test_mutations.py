@@ -156,7 +156,7 @@ def test_a_changed_field_is_one_error_or_harmless(
     assert digest(folder) == before
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("family", tiny_models.FORMS)
 def test_a_changed_setting_of_any_family_is_one_error_or_harmless(
     family: str, tmp_path: Path
 ) -> None:

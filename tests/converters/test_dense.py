@@ -49,7 +49,7 @@ def test_converted_model_equals_the_compressed_one(tmp_path, family):
     torch.testing.assert_close(logits(tmp_path / "out"), logits(compressed), **FLOAT32)
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("family", tiny_models.FORMS)
 def test_every_tensor_is_the_original_with_removed_micro_experts_as_zeros(tmp_path, family):
     dense, compressed, kept = compress(tmp_path, family)
     convert_to_dense(compressed, tmp_path / "out")

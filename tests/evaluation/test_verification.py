@@ -42,7 +42,7 @@ def compressed(dense: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("family", tiny_models.FORMS)
 def test_dropped_micro_experts_are_the_ones_not_kept(family: str, tmp_path: Path) -> None:
     model = tiny_models.save(family, tmp_path / "model")
     kept = pruning.prune(model, tmp_path / "out")

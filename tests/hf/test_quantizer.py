@@ -28,6 +28,11 @@ def family(request):
     return request.param
 
 
+@pytest.fixture(params=tiny_models.FORMS)
+def form(request):
+    return request.param
+
+
 def compress(tmp_path, family, widths=pruning.hostile, **overrides):
     dense = tiny_models.save(family, tmp_path / "dense", **overrides)
     kept = pruning.prune(dense, tmp_path / "camera", widths)
@@ -88,8 +93,8 @@ def test_plain_and_renormalised_routing_weights(tmp_path, name, norm_topk_prob):
     torch.testing.assert_close(logits(model), logits(pruning.zeroed(dense, kept)), **FLOAT32)
 
 
-def test_generation_equals_the_zeroed_model(tmp_path, family):
-    dense, compressed, kept = compress(tmp_path, family)
+def test_generation_equals_the_zeroed_model(tmp_path, form):
+    dense, compressed, kept = compress(tmp_path, form)
     tokenizer = AutoTokenizer.from_pretrained(compressed)
     inputs = tokenizer("def main():", return_tensors="pt")
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -108,8 +113,8 @@ def test_generation_equals_the_zeroed_model(tmp_path, family):
         (torch.bfloat16, "auto"),
     ],
 )
-def test_every_weight_has_the_asked_dtype(tmp_path, family, stored, asked):
-    dense, compressed, _ = compress(tmp_path, family, dtype=stored)
+def test_every_weight_has_the_asked_dtype(tmp_path, form, stored, asked):
+    dense, compressed, _ = compress(tmp_path, form, dtype=stored)
     original, model = (tiny_models.load(path, dtype=asked) for path in (dense, compressed))
     # Some versions of transformers keep the routers of some families in float32.
     wanted = {name: p.dtype for name, p in original.named_parameters()}
@@ -224,8 +229,8 @@ def test_tensor_parallel_plans_leave_the_experts_whole(tmp_path):
     assert not [name for name in model.tp_plan if "mlp" in name]
 
 
-def test_a_model_without_a_head_gives_the_headed_one_s_hidden_states(tmp_path, family):
-    dense, compressed, _ = compress(tmp_path, family)
+def test_a_model_without_a_head_gives_the_headed_one_s_hidden_states(tmp_path, form):
+    dense, compressed, _ = compress(tmp_path, form)
     headed = tiny_models.load(compressed, dtype=torch.float32)
     bare, said = AutoModel.from_pretrained(
         compressed, dtype=torch.float32, output_loading_info=True
@@ -287,8 +292,8 @@ def test_registration_is_repeatable():
 
 
 @pytest.mark.parametrize("plan", ["3:0.2,2:0.6,1:0.2", "16:0.1,8:0.1,4:0.2,2:0.3,0:0.3"])
-def test_packed_tiers_give_the_model_with_the_weights_they_stand_for(tmp_path, family, plan):
-    dense = tiny_models.save(family, tmp_path / "dense", dtype=torch.float32)
+def test_packed_tiers_give_the_model_with_the_weights_they_stand_for(tmp_path, form, plan):
+    dense = tiny_models.save(form, tmp_path / "dense", dtype=torch.float32)
     quantized.compress(dense, tmp_path / "camera", plan)
     model = tiny_models.load(tmp_path / "camera", dtype=torch.float32)
     expected = logits(quantized.dequantized(dense, tmp_path / "camera"))

@@ -106,7 +106,7 @@ def assert_same_bits(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("family", tiny_models.FORMS)
 def test_one_run_of_the_attention_gives_the_bytes_of_two(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -164,7 +164,7 @@ class Counter:
 
 
 @pytest.mark.parametrize("step", ["analyze", "compress"])
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("family", tiny_models.FORMS)
 def test_tokens_pass_the_attention_of_a_layer_once(
     family: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
