@@ -631,7 +631,8 @@ def test_refitted_experts_keep_gate_and_up_and_are_nearer_to_the_original(
 ) -> None:
     errors = {}
     for refit in (False, True):
-        asked = by_plan(text, "16:0.5,0:0.5", refit=refit)
+        enough = Calibration(source=str(text), samples=24, seq_len=64)
+        asked = by_plan(text, "16:0.5,0:0.5", refit=refit, calibration=enough)
         compress(model, tmp_path / f"{refit}", asked)
         found = output_errors(
             Checkpoint.open(model),
