@@ -89,14 +89,14 @@ class Workspace:
     def commit(self, layer: int, result: Mapping[str, object], hidden: torch.Tensor) -> None:
         """Record a finished layer: its result, then the activations that enter the next one."""
         write_json(self._result(layer), dict(result))
-        write_shard(self._hidden, {"hidden": hidden}, {"next_layer": str(layer + 1)})
+        _enter(self._hidden, layer + 1, hidden)
 
     def commit_survey(
         self, layer: int, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor
     ) -> None:
         """Record what the survey has found in a layer, then what enters the next one."""
         write_shard(self._survey(layer), tensors)
-        write_shard(self._surveyed, {"hidden": hidden}, {"next_layer": str(layer + 1)})
+        _enter(self._surveyed, layer + 1, hidden)
 
     @property
     def bytes_written(self) -> int:
@@ -143,6 +143,11 @@ class Workspace:
 
     def _survey(self, layer: int) -> Path:
         return self.state / f"survey-{layer:05}.safetensors"
+
+
+def _enter(file: Path, layer: int, hidden: torch.Tensor) -> None:
+    """Record what enters a layer, as `_next_layer` reads it."""
+    write_shard(file, {"hidden": hidden}, {"next_layer": str(layer)})
 
 
 def _next_layer(file: Path) -> tuple[int, torch.Tensor | None]:

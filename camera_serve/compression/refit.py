@@ -48,16 +48,20 @@ def refit_experts(
     experts: all 16-bit rows; kept[e]: int64 indices into expert e; inputs: what each was given.
     """
     fitting, held = inputs.split()
-    found, refused = [], []
+    found: list[torch.Tensor | None] = []
+    refused = []
     for expert, indices in enumerate(kept):
+        span = experts.rows(expert)
+        width, num_tokens = span.stop - span.start, len(fitting.tokens[expert])
+        if not 0 < len(indices) < width <= WIDEST or num_tokens < MIN_TOKENS:
+            found.append(None)
+            continue
         gate, up, down = (
-            matrix[experts.rows(expert)].to(device, torch.float32)
+            matrix[span].to(device, torch.float32)
             for matrix in (experts.gate, experts.up, experts.down)
         )
         own, rows = (gate, up), indices.to(device)
-        fitted = None
-        if 0 < len(rows) < len(down) <= WIDEST and len(fitting.tokens[expert]) >= MIN_TOKENS:
-            fitted = refit_down(gram_of(own, fitting, expert, device), down, rows)
+        fitted = refit_down(gram_of(own, fitting, expert, device), down, rows)
         if fitted is not None:
             fitted = fitted.to(experts.down.dtype).float()
             before, after = _errors(own, down, rows, (down[rows], fitted), held, expert)

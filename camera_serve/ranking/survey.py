@@ -15,7 +15,7 @@ import torch
 from camera_serve.calibration.inputs import InputRecorder, RoutedInputs, inputs_of_shared
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.ragged.layer import RaggedTier
-from camera_serve.ragged.layout import tier_counts
+from camera_serve.ragged.layout import rank, tier_counts
 from camera_serve.ranking.elimination import eliminate
 from camera_serve.ranking.gram import MIN_TOKENS, WIDEST, gram_of
 from camera_serve.ranking.layer import run_measured, scale_of_routed
@@ -129,8 +129,8 @@ def _kept(survey: LayerSurvey, expert: int, width: int, plan: TierPlan) -> torch
     energies = survey.energies.per_expert[expert]
     if plan.bits == (16,):
         stay = survey.order[expert][len(energies) - width :].sort().values
-        return stay[energies[stay].sort(descending=True, stable=True).indices]
-    return energies.sort(descending=True, stable=True).indices[:width]
+        return stay[rank(energies[stay])]
+    return rank(energies)[:width]
 
 
 def _removals(

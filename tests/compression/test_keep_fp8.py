@@ -24,13 +24,6 @@ from tests.originals import FP8_BLOCKS, WAYS, Published, fp8_whole, publish
 QUERY = "model.layers.1.self_attn.q_b_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(Path(tiny_models.__file__).read_text())
-    return path
-
-
 def add_draft(tensors: Tensors) -> None:
     last = [name for name in tensors if name.startswith("model.layers.2.")]
     tensors |= {name.replace(".2.", ".3.", 1): tensors[name].clone() for name in last}

@@ -27,13 +27,6 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(Path(tiny_models.__file__).read_text())
-    return path
-
-
-@pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("dense")
     return {f: tiny_models.save(f, folder / f, **sizes) for f, sizes in SIZES.items()}

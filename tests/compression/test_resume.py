@@ -30,13 +30,6 @@ MODES: dict[str, dict[str, bool]] = {
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(Path(tiny_models.__file__).read_text())
-    return path
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "model"
     return tiny_models.save("qwen2_moe", path, dtype=torch.float32, max_shard_size="500KB")
