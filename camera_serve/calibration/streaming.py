@@ -281,13 +281,12 @@ class ModelStream:
             calls.append(_Call(arguments, keywords))
             return hidden_states
 
-        try:
-            for layer in self.layers:
-                layer.forward = recorded
+        # Copies of the modules alone, as another thread may be reading a layer from these.
+        recorders = [copy.copy(layer) for layer in self.layers]
+        for recorder in recorders:
+            recorder.forward = recorded
+        with replaced(self.stack, {"layers": nn.ModuleList(recorders)}):
             self.stack(inputs_embeds=embedded, use_cache=False)
-        finally:
-            for layer in self.layers:
-                del layer.forward
         if len(calls) != len(self.layers) or any(x is not entered[0] for x in entered):
             raise UnsupportedModelError(
                 f"{type(self.stack).__name__} does more between its layers than hand on what they "
