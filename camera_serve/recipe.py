@@ -11,6 +11,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -133,33 +134,123 @@ class Calibration(Settings):
         return self.samples * self.seq_len
 
 
-_LATER = ("budget", "weighted", "refit", "keep_fp8")
-"""Settings that older versions do not know: they are written where they are used."""
+GOALS = ("plan", "bits_per_weight", "size")
+"""The settings that say what to keep: a recipe has one of them."""
+
+PAPER: dict[str, Any] = {
+    "budget": "layer",
+    "elimination": False,
+    "weighted": False,
+    "refit": False,
+    "polish": False,
+    "sweeps": 0,
+}
+"""Algorithms 1 to 3 to the letter: what recipes of versions 1 and 2 mean, which know no more."""
 
 
 class Recipe(Settings):
     """Everything that decides the bytes of a compressed checkpoint, besides the model itself.
 
+    What to keep is said by one of `plan`, the tiers and their shares, `bits_per_weight`, what the
+    experts take on average of the original's weights, scales and zeros counted, and `size`, bytes
+    of all tensors. The last two leave the choice among the bit-widths `allow` to the ranking.
+
+    `budget`: whose micro-experts a plan's shares are of, each layer's or the whole model's.
+    `elimination`: what removal costs once the others make up for it decides what is removed, not
+    energies. `weighted`: tokens count in GPTQ's Hessians by the square of their routing weight.
+    `refit`: kept down vectors are fitted to what was removed, and to what gate and up lost.
+    `polish`: scales, zeros and codes are fitted once more after GPTQ. `sweeps`: how often down is
+    fitted to what the whole layer still lacks. `keep_fp8`: weights outside the experts stay in FP8
+    where the original has them so.
+
     Version 1 drew other windows of calibration texts above 1.5 million characters; of shorter ones
-    the same. `keep_fp8`: weights outside the experts stay in FP8 where the original has them so.
-    `budget`: whose micro-experts the plan's shares are of, each layer's or the whole model's, which
-    takes a pass over the dense model first; `weighted`: tokens count in GPTQ's Hessians by the
-    square of their routing weight; `refit`: kept down vectors are fitted to what was removed, and
-    to what gate and up lost.
+    the same. Versions 1 and 2 leave out what `PAPER` says.
     """
 
-    version: Literal[1, 2] = 2
-    plan: TierPlan
+    version: Literal[1, 2, 3] = 3
+    plan: TierPlan | None = None
+    bits_per_weight: Annotated[float, Field(gt=0, le=16)] | None = None
+    size: Annotated[int, Field(gt=0)] | None = None
+    allow: tuple[int, ...] = SERVED_BITS
     calibration: Calibration
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.95
     align: Annotated[int, Field(gt=0)] = 32
     group_size: Annotated[int, Field(gt=0)] = 128
     solver: Literal["gptq", "rtn"] = "gptq"
-    budget: Literal["layer", "model"] = "layer"
-    weighted: bool = False
-    refit: bool = False
+    budget: Literal["layer", "model"] = "model"
+    elimination: bool = True
+    weighted: bool = True
+    refit: bool = True
+    polish: bool = True
+    sweeps: Annotated[int, Field(ge=0)] = 0
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     keep_fp8: bool = False
+
+    @classmethod
+    def paper(cls, **settings: Any) -> Self:
+        """The paper's own: energies with α, a share of every layer, nothing fitted."""
+        return cls(version=2, **settings)
+
+    @field_validator("allow")
+    @classmethod
+    def _served(cls, allow: tuple[int, ...]) -> tuple[int, ...]:
+        if allow != tuple(b for b in SERVED_BITS if b in allow) or not any(allow):
+            raise ValueError(
+                f"wanted falling bit-widths out of {', '.join(map(str, SERVED_BITS))}, one of them "
+                "above 0"
+            )
+        return allow
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_older_versions_meant_it(cls, settings: Any) -> Any:
+        older = isinstance(settings, dict) and settings.get("version") in (1, 2)
+        return PAPER | settings if older else settings
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> Self:
+        goals = [name for name in GOALS if getattr(self, name) is not None]
+        if len(goals) != 1:
+            found = " and ".join(goals) or "none"
+            raise ValueError(f"wanted exactly one of {', '.join(GOALS)}, found {found}")
+        if self.plan is None and self.budget == "layer":
+            raise ValueError(f"{goals[0]} is a budget of the whole model: set budget to model")
+        return self
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The bit-widths that may be stored, most important first."""
+        return self.plan.bits if self.plan else tuple(b for b in self.allow if b)
+
+    @property
+    def packed(self) -> tuple[int, ...]:
+        """The bit-widths below 16 that may be stored."""
+        return tuple(b for b in self.bits if b < 16)
+
+    @property
+    def removes(self) -> bool:
+        """Whether micro-experts may be removed."""
+        return bool(self.plan.pruned) if self.plan else 0 in self.allow
+
+    @property
+    def eliminates(self) -> bool:
+        """Whether what is removed is decided by elimination: nothing else is to be decided."""
+        return self.elimination and self.bits == (16,)
+
+    @property
+    def surveys(self) -> bool:
+        """Whether a pass over the dense model comes first."""
+        return self.budget == "model" or self.eliminates
+
+    @property
+    def goal(self) -> str:
+        """What is to be kept, in a few words: the plan as `TierPlan.parse` reads it, or a size."""
+        if self.plan:
+            return str(self.plan)
+        allowed = f"of {', '.join(map(str, self.allow))} bits"
+        if self.size is not None:
+            return f"{self.size} bytes, {allowed}"
+        return f"{self.bits_per_weight:g} bits per weight, {allowed}"
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -175,13 +266,19 @@ class Recipe(Settings):
             raise RecipeError(f"recipe {path} is not YAML: {error}") from error
 
     @model_serializer(mode="wrap")
-    def _as_older_versions_read_it(
-        self, serialize: SerializerFunctionWrapHandler
-    ) -> dict[str, Any]:
+    def _without_what_is_not_used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Older versions of camera-serve read what they know, so it stays theirs.
         settings: dict[str, Any] = serialize(self)
-        fields = type(self).model_fields
-        unused = {key for key in _LATER if getattr(self, key) == fields[key].default}
-        return {key: value for key, value in settings.items() if key not in unused}
+        unused: dict[str, Any] = dict.fromkeys(GOALS) | {"keep_fp8": False}
+        if self.plan:
+            unused["allow"] = settings["allow"]
+        if self.version < 3:
+            unused |= PAPER
+        return {
+            key: value
+            for key, value in settings.items()
+            if key not in unused or value != unused[key]
+        }
 
     def dump(self) -> str:
         """The recipe as YAML, as `load` reads it."""

@@ -22,6 +22,6 @@ def outputs(family: str, folder: Path, way: Published, **sizes: Any) -> tuple[Pa
     calibration = Calibration(source=str(text), samples=4, seq_len=64)
     for name, keep in (("kept", True), ("decoded", False)):
         plan = TierPlan.prune(0.4)
-        recipe = Recipe(plan=plan, calibration=calibration, align=4, keep_fp8=keep)
+        recipe = Recipe.paper(plan=plan, calibration=calibration, align=4, keep_fp8=keep)
         compress(folder / "fp8", folder / name, recipe)
     return folder / "kept", folder / "decoded"

@@ -22,7 +22,7 @@ def compress(dense: Path, output: Path, plan: str, *, align: int = 1, group_size
     """Compress a tiny model by `plan`, on little text."""
     text = output.with_name("calibration.txt")
     text.write_text(Path(__file__).read_text() * 4)
-    recipe = Recipe(
+    recipe = Recipe.paper(
         plan=TierPlan.parse(plan),
         calibration=Calibration(source=str(text), samples=6, seq_len=128),
         align=align,

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from camera_serve.errors import RecipeError
 from camera_serve.recipe import Calibration, Recipe, TierPlan
 
-RECIPE = Recipe(plan=TierPlan.prune(0.4), calibration=Calibration(source="text.txt"))
+RECIPE = Recipe.paper(plan=TierPlan.prune(0.4), calibration=Calibration(source="text.txt"))
 
 
 def test_prune_is_short_for_a_plan_of_16_and_0_bits() -> None:

@@ -62,7 +62,9 @@ def write_skeleton(
     """
     recipe = None
     if plan:
-        recipe = Recipe(plan=plan, calibration=Calibration(source="none: energies were drawn"))
+        recipe = Recipe.paper(
+            plan=plan, calibration=Calibration(source="none: energies were drawn")
+        )
     model = _describe(SHAPES[SHAPE], layers, vocab, recipe, seed, False)
     folder.mkdir()
     copy_side_files(reference.MODEL, folder)

@@ -55,11 +55,15 @@ def main() -> int:
     if not options.docs:
         calibration = Calibration(source=str(reference.CALIBRATION), samples=options.samples)
         recipes = {
-            f"--prune {fraction}": Recipe(plan=TierPlan.prune(fraction), calibration=calibration)
+            f"--prune {fraction}": Recipe.paper(
+                plan=TierPlan.prune(fraction), calibration=calibration
+            )
             for fraction in (0.2, 0.4, 0.6)
         }
         # align 1: on experts of 128 micro-experts, multiples of 32 would blur the tiers.
-        recipes["--bits 2"] = Recipe(plan=TierPlan.mixed(2, 0.2), calibration=calibration, align=1)
+        recipes["--bits 2"] = Recipe.paper(
+            plan=TierPlan.mixed(2, 0.2), calibration=calibration, align=1
+        )
         result = measure(reference.MODEL, recipes)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
     table = render(stored(options.output, RESULT_VERSION))

@@ -57,7 +57,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
         calibration = Calibration(source=str(reference.CALIBRATION), samples=options.samples)
         plans = [TierPlan.prune(fraction) for fraction in options.fractions]
-        recipes = [Recipe(plan=plan, calibration=calibration) for plan in plans]
+        recipes = [Recipe.paper(plan=plan, calibration=calibration) for plan in plans]
         result = measure(options.model, recipes)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -100,7 +100,7 @@ def measure(model: Path, recipes: Sequence[Recipe]) -> dict[str, Any]:
 
 
 def _measure_recipe(bench: Bench, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    fraction = recipe.plan.pruned
+    fraction = recipe.plan.pruned if recipe.plan else 0.0
     _say(f"λ = {fraction:.0%}, camera-p")
     with tempfile.TemporaryDirectory(prefix="camera-quality-") as folder:
         output = Path(folder) / "compressed"

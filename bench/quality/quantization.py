@@ -107,7 +107,7 @@ def _methods(
         with tempfile.TemporaryDirectory(prefix="camera-quantization-") as folder:
             packed, dense = Path(folder) / "packed", Path(folder) / "dense"
             # align 1: on experts of 128 micro-experts, multiples of 32 would blur the tiers.
-            recipe = Recipe(plan=TierPlan.parse(plan), calibration=calibration, align=1)
+            recipe = Recipe.paper(plan=TierPlan.parse(plan), calibration=calibration, align=1)
             compress(model, packed, recipe)
             convert_to_dense(packed, dense)
             yield name, measured(load_model(dense)), _bits_per_weight(model, packed)

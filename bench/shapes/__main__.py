@@ -67,7 +67,7 @@ def _positive(text: str) -> int:
 def _recipe(options: argparse.Namespace) -> Recipe | None:
     if options.plan is None:
         return None
-    return Recipe(
+    return Recipe.paper(
         plan=TierPlan.parse(options.plan),
         calibration=Calibration(source="none: energies were drawn", seed=options.seed),
         align=options.align,

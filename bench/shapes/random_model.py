@@ -113,6 +113,7 @@ def _describe(
     energies = {layer: layer_energies(shape, seed + layer) for layer in structure.moe_layers}
     selections, quantization = {}, None
     if recipe:
+        assert recipe.plan
         selections = {i: select(e, recipe.plan, recipe.align) for i, e in energies.items()}
         quantization = _quantization(structure, selections, recipe)
         quantization.check(structure)
@@ -149,7 +150,7 @@ def _quantization(
         for layer, selection in selections.items()
     }
     return CameraQuantizationConfig(
-        bits=recipe.plan.bits, group_size=recipe.group_size, layers=layers, recipe=recipe
+        bits=recipe.bits, group_size=recipe.group_size, layers=layers, recipe=recipe
     )
 
 

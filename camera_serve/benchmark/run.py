@@ -145,4 +145,4 @@ def _plan(path: Path) -> str | None:
     quantization = read_json(path / "config.json").get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "camera":
         return None
-    return str(CameraQuantizationConfig.parse(quantization).recipe.plan)
+    return CameraQuantizationConfig.parse(quantization).recipe.goal

@@ -58,7 +58,7 @@ def model_card(source: Path, report: CompressionReport, auto_class: str) -> str:
         auto_class=auto_class,
         name=report.model.rsplit("/", 1)[-1],
         original=_original(report),
-        plan=report.recipe.plan,
+        plan=report.recipe.goal,
         expert_before=report.expert_bytes_before / 1e9,
         expert_after=report.expert_bytes_after / 1e9,
         expert_saved=report.saved_of_experts,
@@ -92,8 +92,8 @@ def _stored(report: CompressionReport) -> dict[str, str]:
 
 
 def _what_was_done(report: CompressionReport) -> list[str]:
-    plan = report.recipe.plan
-    return ["pruned"] * bool(plan.pruned) + ["quantized"] * bool(plan.quantized)
+    recipe = report.recipe
+    return ["pruned"] * recipe.removes + ["quantized"] * bool(recipe.packed)
 
 
 def _inherited(readme: Path) -> dict[str, Any]:

@@ -184,7 +184,7 @@ class Checkpoint:
         """Refuse a checkpoint that is compressed already."""
         if self.quantization:
             raise CheckpointError(
-                f"{self.path} is already compressed (plan {self.quantization.recipe.plan}): start "
+                f"{self.path} is already compressed (plan {self.quantization.recipe.goal}): start "
                 "from its original model"
             )
 

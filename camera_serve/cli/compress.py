@@ -11,6 +11,8 @@ from camera_serve.cli.options import (
     CALIBRATION_FLAGS,
     RUN_FLAGS,
     SOLVERS,
+    BitsType,
+    SizeType,
     output_option,
     recipe_from,
     with_flags,
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @output_option
 @click.option(
-    "--prune", type=float, metavar="SHARE", help="Remove this share of each layer's micro-experts."
+    "--prune", type=float, metavar="SHARE", help="Remove this share of all micro-experts."
 )
 @click.option(
     "--bits",
@@ -50,6 +52,27 @@ if TYPE_CHECKING:
     "3:0.2,2:0.6,1:0.2 the same as --bits 2.",
 )
 @click.option(
+    "--bits-per-weight",
+    type=float,
+    metavar="B",
+    help="Let the experts take so many bits per weight of the original, scales and zeros counted, "
+    "at the bits for each micro-expert that serve the model best.",
+)
+@click.option(
+    "--size",
+    type=SizeType(),
+    metavar="SIZE",
+    help="The same for all weights of the checkpoint together: 12GB, or 11.5GiB.",
+)
+@click.option(
+    "--allow",
+    type=BitsType(),
+    metavar="BITS,…",
+    default="16,8,4,3,2,1,0",
+    show_default=True,
+    help="With --bits-per-weight or --size: the bits to choose from; 0 is removal.",
+)
+@click.option(
     "--recipe",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -58,15 +81,22 @@ if TYPE_CHECKING:
 @click.option(
     "--budget",
     type=click.Choice(BUDGETS),
-    default="layer",
+    default="model",
     show_default=True,
-    help="Whose micro-experts the shares are of: each layer's, or the whole model's, ranked in a "
-    "pass over the dense model by what their removal costs once the others make up for it.",
+    help="Whose micro-experts the shares of --prune, --bits and --plan are of.",
 )
 @click.option(
-    "--refit",
+    "--sweeps",
+    type=int,
+    default=0,
+    show_default=True,
+    help="After pruning, fit each layer as a whole so many times more.",
+)
+@click.option(
+    "--paper",
     is_flag=True,
-    help="Fit the kept micro-experts to what was removed and to what quantizing lost.",
+    help="The published algorithm to the letter: by energy alone, a share of every layer, nothing "
+    "fitted afterwards.",
 )
 @click.option(
     "--align",
@@ -103,7 +133,8 @@ if TYPE_CHECKING:
 def compress(ctx: click.Context, model: str, output: Path, **flags: Any) -> None:
     """Compress MODEL, a local folder or a hub name, into the new folder given with -o.
 
-    Exactly one of --prune, --bits, --plan and --recipe says what to keep, and at how many bits.
+    Exactly one of --prune, --bits, --plan, --bits-per-weight, --size and --recipe says what to
+    keep, and at how many bits.
     """
     recipe = recipe_from(ctx)
     if flags["dry_run"]:

@@ -1,5 +1,6 @@
 """The flags that several commands share, and how they become frozen settings."""
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,19 +19,25 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 SOLVERS = ("gptq", "rtn")
 BUDGETS = ("layer", "model")
+GOALS = ("prune", "bits", "plan", "bits_per_weight", "size", "recipe")
 
 _DECIDED_BY_RECIPE = (
     *("alpha", "calibration", "samples", "seq_len", "seed", "dtype"),
-    *("align", "group_size", "solver", "keep_fp8", "budget", "refit"),
+    *("align", "group_size", "solver", "keep_fp8", "budget", "sweeps", "paper", "allow"),
 )
 _BESIDE_RECIPE = (
     "is decided by the file of --recipe: change it there, or give the settings as flags without "
     "--recipe."
 )
 _NOTHING_PACKED = (
-    "is for tiers below 16 bits, and this plan has none: drop it, or quantize with --bits or "
-    "--plan."
+    "is for tiers below 16 bits, and this plan has none: drop it, or quantize with --bits, --plan "
+    "or --bits-per-weight."
 )
+_OF_THE_PAPER = (
+    "is decided by --paper, which has a share of every layer and fits nothing: drop one."
+)
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 CALIBRATION_FLAGS = (
     click.option(
@@ -125,27 +132,69 @@ def sources_of(given: tuple[str, ...]) -> str | tuple[str, ...]:
 
 def recipe_from(ctx: click.Context) -> "Recipe":
     """The recipe a `compress` command line asks for: a file, or its flags."""
-    from camera_serve.recipe import Recipe
+    from camera_serve.recipe import PAPER, Recipe
 
     flags = ctx.params
-    ways = ("prune", "bits", "plan", "recipe")
-    given = [name for name in ways if flags[name] is not None]
+    given = [name for name in GOALS if flags[name] is not None]
     if len(given) != 1:
-        found = " and ".join(f"--{name}" for name in given) or "none"
-        raise click.UsageError(
-            f"Give exactly one of --prune, --bits, --plan and --recipe; found {found}."
-        )
+        found = " and ".join(map(_flag, given)) or "none"
+        wanted = ", ".join(map(_flag, GOALS[:-1]))
+        raise click.UsageError(f"Give exactly one of {wanted} and --recipe; found {found}.")
     if given != ["bits"]:
         _refuse(ctx, ["tier_ratio"], "goes with --bits only.")
     if given == ["recipe"]:
         _refuse(ctx, _DECIDED_BY_RECIPE, _BESIDE_RECIPE)
         return Recipe.load(flags["recipe"])
-    settings = ("align", "group_size", "solver", "keep_fp8", "budget", "refit")
-    own = {name: flags[name] for name in settings} | {"weighted": flags["refit"]}
-    plan = _plan(flags)
-    if not plan.quantized:
+    settings = ("align", "group_size", "solver", "keep_fp8", "budget", "sweeps")
+    own = {name: flags[name] for name in settings} | _goal(ctx, given[0])
+    if flags["paper"]:
+        _refuse(ctx, ("budget", "sweeps", "bits_per_weight", "size"), _OF_THE_PAPER)
+        own |= {"version": 2} | PAPER
+    recipe = validated(Recipe, calibration_values(flags) | own)
+    if not recipe.packed:
         _refuse(ctx, ["group_size", "solver"], _NOTHING_PACKED)
-    return validated(Recipe, calibration_values(flags) | {"plan": plan} | own)
+    return recipe
+
+
+def _goal(ctx: click.Context, given: str) -> dict[str, Any]:
+    """What to keep, as settings of a recipe."""
+    if given in ("bits_per_weight", "size"):
+        if ctx.params["budget"] == "layer":
+            raise click.UsageError(f"{_flag(given)} is of the whole model: drop --budget layer.")
+        return {given: ctx.params[given], "allow": ctx.params["allow"]}
+    _refuse(ctx, ["allow"], "goes with --bits-per-weight and --size only: a plan has its own bits.")
+    return {"plan": _plan(ctx.params)}
+
+
+class SizeType(click.ParamType):
+    """Bytes as people write them: 12GB, 11.5GiB, or a plain number."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes, as an int."""
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", str(value).strip())
+        unit = _UNITS.get(match[2].lower()) if match else None
+        if not match or unit is None or not (size := int(float(match[1]) * unit)):
+            self.fail(f"{value!r} is no size: give one like 12GB, 11.5GiB or 12000000000", param)
+        return size
+
+
+class BitsType(click.ParamType):
+    """Bit-widths with commas between them."""
+
+    name = "bits"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """The bit-widths, falling."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(sorted({int(part) for part in value.split(",")}, reverse=True))
+        except ValueError:
+            self.fail(f"{value!r} are no bit-widths: give some like 4,3,2,0", param)
 
 
 def _plan(flags: dict[str, Any]) -> "TierPlan":

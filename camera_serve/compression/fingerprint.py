@@ -127,7 +127,7 @@ def _model_files(checkpoint: Checkpoint) -> dict[str, str]:
 def _settings(recipe: Recipe) -> dict[str, str]:
     """The recipe without the place of the calibration text: its tokens count."""
     # Without `keep_fp8` where it is not asked for: older runs have recorded none.
-    parts = recipe.model_dump(mode="json") | {"plan": str(recipe.plan)}
+    parts = recipe.model_dump(mode="json") | {"plan": recipe.goal}
     calibration = parts.pop("calibration")
     del calibration["source"]
     parts |= {f"calibration.{key}": value for key, value in calibration.items()}

@@ -19,7 +19,7 @@ from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.ragged.layer import RaggedTier
 from camera_serve.ranking.layer import measure, record
 from camera_serve.ranking.selection import Selection, select, select_rows
-from camera_serve.recipe import Recipe, TierPlan
+from camera_serve.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ def compress_layer(
     assert loaded.experts is not None
     inputs: RoutedInputs | None
     if selection is None:
-        recorder = InputRecorder() if recipe.plan.quantized or recipe.refit else None
+        recorder = InputRecorder() if recipe.packed or recipe.refit else None
         energies = measure(stream, layer, loaded, hidden, recipe.alpha, recorder)
+        assert recipe.plan
         selection, tokens = select(energies, recipe.plan, recipe.align), energies.tokens
         inputs = recorder.routed(stream.structure.num_experts) if recorder else None
     else:
@@ -91,12 +92,12 @@ def compress_layer(
     tensors: dict[str, torch.Tensor] = {}
     rounded: tuple[int, ...] = ()
     for kept in (routed, shared) if shared else (routed,):
-        tensors |= _plain_tensors(stream.checkpoint, kept, recipe.plan)
-    if inputs and recipe.plan.quantized:
-        packed, rounded = _quantize(routed, inputs, recipe, stream.device)
+        tensors |= _plain_tensors(stream.checkpoint, kept, selection.bits)
+    if inputs and any(b < 16 for b in selection.bits):
+        packed, rounded = _quantize(routed, selection.bits, inputs, recipe, stream.device)
         tensors |= packed
         if shared and of_shared:
-            tensors |= _quantize(shared, of_shared, recipe, stream.device)[0]
+            tensors |= _quantize(shared, selection.bits, of_shared, recipe, stream.device)[0]
     loaded.use_experts(routed.rows)
     if shared:
         set_shared(loaded.shared, shared.rows)
@@ -179,9 +180,11 @@ def set_shared(shared: Any, rows: RaggedTier[torch.Tensor]) -> None:
         linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
 
 
-def _plain_tensors(checkpoint: Checkpoint, kept: _Kept, plan: TierPlan) -> dict[str, torch.Tensor]:
+def _plain_tensors(
+    checkpoint: Checkpoint, kept: _Kept, bits: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
     """The 16-bit tier in the dtype it was stored in, which need not be that of the run."""
-    if plan.bits[0] != 16:
+    if bits[0] != 16:
         return {}
     tensors = {}
     for expert, (indices, counts) in enumerate(zip(kept.indices, kept.counts, strict=True)):
@@ -197,14 +200,18 @@ def _plain_tensors(checkpoint: Checkpoint, kept: _Kept, plan: TierPlan) -> dict[
 
 
 def _quantize(
-    kept: _Kept, inputs: RoutedInputs, recipe: Recipe, device: torch.device
+    kept: _Kept,
+    bits: tuple[int, ...],
+    inputs: RoutedInputs,
+    recipe: Recipe,
+    device: torch.device,
 ) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
     """Quantize the packed tiers; their rows become the weights that will be served.
 
     Returns the packed tensors by name, and the experts that were rounded to nearest.
     """
-    bits, packed = torch.tensor(recipe.plan.bits), recipe.plan.quantized
-    row_bits = torch.cat([bits.repeat_interleave(torch.tensor(tiers)) for tiers in kept.counts])
+    packed, stored = tuple(b for b in bits if b < 16), torch.tensor(bits)
+    row_bits = torch.cat([stored.repeat_interleave(torch.tensor(tiers)) for tiers in kept.counts])
     tensors: dict[str, torch.Tensor] = {}
     rounded = []
     for solved in quantize_experts(

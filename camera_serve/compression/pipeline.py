@@ -40,14 +40,23 @@ from camera_serve.checkpoint.writer import (
     write_shard,
     write_text,
 )
+from camera_serve.compression.allocation import fill, select_over_model
 from camera_serve.compression.fingerprint import explain, fingerprint
 from camera_serve.compression.layer import CompressedLayer, compress_layer
-from camera_serve.compression.sizing import Estimate, check_fits, disk_bytes, estimate_for
+from camera_serve.compression.sizing import (
+    Estimate,
+    check_fits,
+    disk_bytes,
+    estimate_for,
+    expert_budget,
+    micro_expert_costs,
+)
 from camera_serve.errors import DamagedWeightsError, OutputError
 from camera_serve.models.building import auto_class_name
 from camera_serve.progress import OnNote, OnProgress, Reporter
+from camera_serve.ranking.gram import WIDEST
 from camera_serve.ranking.selection import Selection
-from camera_serve.ranking.survey import LayerSurvey, select_over_model, survey_layer
+from camera_serve.ranking.survey import LayerSurvey, survey_layer
 from camera_serve.recipe import Recipe, Settings
 from camera_serve.runtime import compute_dtype, pick_device, run_log
 
@@ -133,7 +142,8 @@ def compress(
                     logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
                     selections = _survey_layers(run, windows.tokens, reporter)
                     _compress_layers(run, windows.tokens, selections, reporter)
-                    report = _write_rest(run, print_)
+                    bits = next(iter(selections.values())).bits if selections else recipe.bits
+                    report = _write_rest(run, bits, print_)
                     logger.info("expert weights: %.1f%% smaller", 100 * report.saved_of_experts)
             except DamagedWeightsError:
                 # The model fails again at the same tensor: there is nothing to resume.
@@ -205,8 +215,8 @@ class LayerResult(Settings):
 
 
 def _survey_layers(run: _Run, tokens: torch.Tensor, report: Reporter) -> dict[int, Selection]:
-    """What a plan for the whole model keeps of each MoE layer, from a pass over the dense model."""
-    if run.recipe.budget == "layer":
+    """What is to be kept of each MoE layer, from a pass over the dense model."""
+    if not run.recipe.surveys:
         return {}
     start, hidden = run.workspace.survey_point()
     hidden = run.stream.embed(tokens) if hidden is None else hidden
@@ -218,14 +228,24 @@ def _survey_layers(run: _Run, tokens: torch.Tensor, report: Reporter) -> dict[in
             if loaded.experts is None:
                 hidden = run.stream.run(layer, loaded, hidden)
             else:
-                found = survey_layer(run.stream, layer, loaded, hidden).tensors()
+                widest = WIDEST if run.recipe.eliminates else 0
+                found = survey_layer(run.stream, layer, loaded, hidden, widest).tensors()
             del loaded
             run.workspace.commit_survey(layer, found, hidden)
             report("survey", layer + 1)
     moe_layers = run.checkpoint.structure.moe_layers
     surveys = [LayerSurvey.of(run.workspace.survey(layer)) for layer in moe_layers]
-    selections = select_over_model(surveys, run.recipe.plan, run.recipe.align)
-    return dict(zip(moe_layers, selections, strict=True))
+    return dict(zip(moe_layers, _select(run, surveys), strict=True))
+
+
+def _select(run: _Run, surveys: list[LayerSurvey]) -> list[Selection]:
+    recipe = run.recipe
+    if recipe.plan is None:
+        costs = micro_expert_costs(run.checkpoint, recipe)
+        return fill(surveys, costs, expert_budget(run.checkpoint, recipe), recipe.align)
+    if recipe.budget == "model":
+        return select_over_model(surveys, recipe.plan, recipe.align)
+    return [select_over_model([survey], recipe.plan, recipe.align)[0] for survey in surveys]
 
 
 def _compress_layers(
@@ -323,8 +343,11 @@ def _warn_unseen(report: LayerReport) -> None:
         )
 
 
-def _write_rest(run: _Run, print_: dict[str, str]) -> CompressionReport:
-    """Everything but the layers: the other shards, side files, index, card, config, report last."""
+def _write_rest(run: _Run, bits: tuple[int, ...], print_: dict[str, str]) -> CompressionReport:
+    """Everything but the layers: the other shards, side files, index, card, config, report last.
+
+    bits: of the stored tiers.
+    """
     checkpoint, folder, shards = run.checkpoint, run.workspace.path, run.shards
     num_layers = checkpoint.structure.num_layers
     results = [LayerResult.model_validate(r) for r in run.workspace.results(num_layers)]
@@ -346,7 +369,7 @@ def _write_rest(run: _Run, print_: dict[str, str]) -> CompressionReport:
     auto_class = auto_class_name(checkpoint.config)
     write_text(folder / "README.md", model_card(checkpoint.path, report, auto_class))
     quantization = CameraQuantizationConfig(
-        bits=run.recipe.plan.bits,
+        bits=bits,
         group_size=run.recipe.group_size,
         layers={r.report.layer: r.counts for r in results if r.report and r.counts},
         recipe=run.recipe,

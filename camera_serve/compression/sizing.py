@@ -13,14 +13,16 @@ from camera_serve.checkpoint.format import check_groups
 from camera_serve.checkpoint.kept import kept_in_fp8, saved_bytes
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.checkpoint.report import StoredOriginal
+from camera_serve.compression.allocation import check_leaves_enough, least_bytes
 from camera_serve.compression.quantize.cost import SolveSize, solve_seconds
+from camera_serve.errors import RecipeError
 from camera_serve.models import MoeStructure
 from camera_serve.models.structure import PROJECTIONS
 from camera_serve.ragged.layout import check_alignment, tier_totals
 from camera_serve.ragged.packing import words_per_row
 from camera_serve.ranking.energy import ROWS_AT_ONCE
 from camera_serve.ranking.gram import WIDEST
-from camera_serve.recipe import Recipe, Settings
+from camera_serve.recipe import Recipe, Settings, TierPlan
 from camera_serve.runtime import compute_dtype
 
 GRAMS = 8
@@ -72,8 +74,67 @@ def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
     structure = checkpoint.structure
     shared = [structure.shared_d_ff] if structure.shared_d_ff else []
     check_alignment([structure.d_ff, *shared], recipe.align)
-    check_groups(structure.d_model, recipe.group_size, recipe.plan.bits)
-    tier_totals(recipe.plan, structure.micro_experts_per_layer, recipe.align)
+    check_groups(structure.d_model, recipe.group_size, recipe.bits)
+    counts = [structure.micro_experts_per_layer] * len(structure.moe_layers)
+    if recipe.plan and recipe.budget == "model":
+        check_leaves_enough(recipe.plan, counts, recipe.align)
+    elif recipe.plan:
+        tier_totals(recipe.plan, counts[0], recipe.align)
+    else:
+        _check_budget(checkpoint, recipe)
+
+
+def micro_expert_costs(checkpoint: Checkpoint, recipe: Recipe) -> dict[int, int]:
+    """Stored bytes of one micro-expert at each bit-width that the recipe allows."""
+    return {bits: _micro_expert_bytes(checkpoint, bits, recipe.group_size) for bits in recipe.allow}
+
+
+def expert_budget(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Bytes of all experts that a recipe's size leaves them."""
+    if recipe.size is not None:
+        return recipe.size - _bytes_outside(checkpoint, recipe)
+    assert recipe.bits_per_weight
+    structure = checkpoint.structure
+    count = len(structure.moe_layers) * structure.micro_experts_per_layer
+    return int(recipe.bits_per_weight / 8 * count * len(PROJECTIONS) * structure.d_model)
+
+
+def _check_budget(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse a size that the allowed bit-widths cannot fill, or that is none."""
+    costs, structure = micro_expert_costs(checkpoint, recipe), checkpoint.structure
+    counts = [structure.micro_experts_per_layer] * len(structure.moe_layers)
+    least = least_bytes(counts, costs, recipe.align)
+    most = max(costs.values()) * sum(counts)
+    budget, outside = expert_budget(checkpoint, recipe), _bytes_outside(checkpoint, recipe)
+    whole = f"this model's experts take {checkpoint.expert_bytes} bytes, all else {outside}"
+    allowed = ",".join(map(str, recipe.allow))
+    if budget < least:
+        raise RecipeError(
+            f"{_goal(recipe, budget)} is too small: {whole}, and with bits {allowed} the experts "
+            f"take {least} at least: give {_at_least(checkpoint, recipe, least)} or more"
+        )
+    if budget >= most and 16 in costs:
+        raise RecipeError(f"{_goal(recipe, budget)} is no compression: {whole}")
+    if budget > most:
+        raise RecipeError(
+            f"{_goal(recipe, budget)} is more than bits {allowed} take, {most} bytes: {whole}; "
+            "allow more bits, or give less"
+        )
+
+
+def _goal(recipe: Recipe, budget: int) -> str:
+    if recipe.size is not None:
+        return f"a size of {recipe.size} bytes, of which {max(budget, 0)} are left for experts,"
+    return f"{recipe.bits_per_weight:g} bits per weight, {budget} bytes for experts,"
+
+
+def _at_least(checkpoint: Checkpoint, recipe: Recipe, least: int) -> str:
+    if recipe.size is not None:
+        return f"a size of {_bytes_outside(checkpoint, recipe) + least}"
+    structure = checkpoint.structure
+    count = len(structure.moe_layers) * structure.micro_experts_per_layer
+    bits = 8 * least / (count * len(PROJECTIONS) * structure.d_model)
+    return f"{math.ceil(1000 * bits) / 1000:g} bits per weight"
 
 
 def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> Estimate:
@@ -81,7 +142,7 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
     check_fits(checkpoint, recipe)
     structure, tokens = checkpoint.structure, recipe.calibration.num_tokens
     dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
-    tiers, mapped = _tier_bytes(checkpoint, recipe), _largest_layer(checkpoint, "stored_bytes")
+    tiers, mapped = _layer_bytes(checkpoint, recipe), _largest_layer(checkpoint, "stored_bytes")
     layer = _largest_layer(checkpoint, "num_bytes") * dtype.itemsize // checkpoint.dtype.itemsize
     decoding = _decoding_bytes(checkpoint)
     solves = _solves(structure, recipe)
@@ -110,7 +171,7 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
         experts_at_once=solves[0].experts_at_once if solves else 0,
         num_experts=structure.num_experts,
         calibration_tokens=tokens,
-        seconds=_seconds(structure, recipe, dtype, device),
+        seconds=_seconds(checkpoint, recipe, dtype, device),
         stored=checkpoint.stored,
     )
 
@@ -119,7 +180,7 @@ def disk_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     """Disk space a compression needs at its peak."""
     # The activations are on disk twice for a moment: the new ones, then the rename.
     hidden = 2 * _hidden_bytes(checkpoint, recipe)
-    if recipe.budget == "layer":
+    if not recipe.surveys:
         return _output_bytes(checkpoint, recipe) + hidden
     structure = checkpoint.structure
     surveyed = len(structure.moe_layers) * structure.micro_experts_per_layer * SURVEYED
@@ -127,24 +188,40 @@ def disk_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
 
 
 def _output_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
-    after = _stored_bytes(checkpoint, recipe)
+    return _bytes_outside(checkpoint, recipe) + _stored_bytes(checkpoint, recipe)
+
+
+def _bytes_outside(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Stored bytes of all that is no expert, exactly."""
     kept = kept_in_fp8(checkpoint) if recipe.keep_fp8 else None
-    return checkpoint.total_bytes - checkpoint.expert_bytes - saved_bytes(checkpoint, kept) + after
+    return checkpoint.total_bytes - checkpoint.expert_bytes - saved_bytes(checkpoint, kept)
 
 
 def _stored_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
-    """Stored bytes of all experts, exactly."""
+    """Stored bytes of all experts: exactly for a plan, and what a size leaves them at most."""
     structure = checkpoint.structure
+    if recipe.plan is None:
+        return expert_budget(checkpoint, recipe)
+    layers = len(structure.moe_layers)
     if recipe.budget == "layer":
-        return _tier_bytes(checkpoint, recipe) * len(structure.moe_layers)
-    whole = len(structure.moe_layers) * structure.micro_experts_per_layer
-    return _tier_bytes(checkpoint, recipe, whole)
+        return layers * _tier_bytes(checkpoint, recipe, recipe.plan)
+    whole = layers * structure.micro_experts_per_layer
+    return _tier_bytes(checkpoint, recipe, recipe.plan, whole)
 
 
-def _tier_bytes(checkpoint: Checkpoint, recipe: Recipe, micro_experts: int | None = None) -> int:
+def _layer_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Stored bytes of a MoE layer's experts, on average over the layers of a size."""
+    if recipe.plan:
+        return _tier_bytes(checkpoint, recipe, recipe.plan)
+    return expert_budget(checkpoint, recipe) // len(checkpoint.structure.moe_layers)
+
+
+def _tier_bytes(
+    checkpoint: Checkpoint, recipe: Recipe, plan: TierPlan, micro_experts: int | None = None
+) -> int:
     """Stored bytes of so many micro-experts, exactly; None: those of a MoE layer."""
     count = micro_experts or checkpoint.structure.micro_experts_per_layer
-    totals = tier_totals(recipe.plan, count, recipe.align)
+    totals = tier_totals(plan, count, recipe.align)
     return sum(
         count * _micro_expert_bytes(checkpoint, bits, recipe.group_size)
         for bits, count in totals.items()
@@ -154,6 +231,8 @@ def _tier_bytes(checkpoint: Checkpoint, recipe: Recipe, micro_experts: int | Non
 def _micro_expert_bytes(checkpoint: Checkpoint, bits: int, group_size: int) -> int:
     """Stored bytes of one micro-expert's three vectors, scales and zeros counted."""
     structure = checkpoint.structure
+    if not bits:
+        return 0
     if bits == 16:
         name = f"{structure.expert_prefix(structure.moe_layers[0], 0, 'gate')}.weight"
         itemsize = DTYPES[checkpoint.entries[name].dtype].itemsize
@@ -192,7 +271,7 @@ def _gram_bytes(structure: MoeStructure, recipe: Recipe) -> int:
 
 
 def _has_grams(recipe: Recipe) -> bool:
-    return recipe.refit or recipe.budget == "model"
+    return recipe.refit or recipe.eliminates
 
 
 def _batch_bytes(structure: MoeStructure, recipe: Recipe) -> int:
@@ -204,7 +283,7 @@ def _batch_bytes(structure: MoeStructure, recipe: Recipe) -> int:
 
 def _solves(structure: MoeStructure, recipe: Recipe, share: float = 1) -> list[SolveSize]:
     """The solves of a layer, of its routed experts first, when `share` of an expert is packed."""
-    if not recipe.plan.quantized:
+    if not recipe.packed:
         return []
     kinds = [(structure.num_experts, structure.d_ff)]
     kinds += [(1, structure.shared_d_ff)] if structure.shared_d_ff else []
@@ -215,11 +294,11 @@ def _solves(structure: MoeStructure, recipe: Recipe, share: float = 1) -> list[S
 
 
 def _seconds(
-    structure: MoeStructure, recipe: Recipe, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype, device: torch.device
 ) -> float:
-    tokens = recipe.calibration.num_tokens
-    seconds = _flops(structure, recipe, tokens) / _flops_per_second(dtype, device)
-    share = sum(tier.fraction for tier in recipe.plan.tiers if 0 < tier.bits < 16)
+    structure, tokens = checkpoint.structure, recipe.calibration.num_tokens
+    seconds = _flops(checkpoint, recipe) / _flops_per_second(dtype, device)
+    share = _packed_share(checkpoint, recipe)
     solves = _solves(structure, recipe, share)
     rate = _flops_per_second(torch.float32, device) if solves else 0
     for size, seen in zip(solves, (tokens * structure.top_k, tokens), strict=False):
@@ -228,18 +307,37 @@ def _seconds(
     return seconds
 
 
-def _flops(structure: MoeStructure, recipe: Recipe, tokens: int) -> float:
+def _flops(checkpoint: Checkpoint, recipe: Recipe) -> float:
     """The attention, gate and up to measure, then all three of what is kept (Algorithm 2)."""
+    structure = checkpoint.structure
+    kept = 1 - recipe.plan.pruned if recipe.plan else _kept_share(checkpoint, recipe)
     routed = structure.top_k * structure.d_ff + structure.shared_d_ff
     attention = 2 * (4 * structure.d_model**2 + 2 * structure.d_model * recipe.calibration.seq_len)
-    per_token = attention + 2 * routed * structure.d_model * (2 + 3 * (1 - recipe.plan.pruned))
+    per_token = attention + 2 * routed * structure.d_model * (2 + 3 * kept)
     gram = 2 * (structure.top_k * structure.d_ff**2 + structure.shared_d_ff**2)
-    if recipe.budget == "model":
-        # The dense model once, its Gram matrices, and taking each expert apart.
-        per_token += attention + 6 * routed * structure.d_model + gram
+    if recipe.surveys:
+        per_token += attention + 6 * routed * structure.d_model
+    if recipe.eliminates:
+        per_token += gram
     if recipe.refit:
         per_token += gram
-    return tokens * per_token * structure.num_layers
+    return recipe.calibration.num_tokens * per_token * structure.num_layers
+
+
+def _packed_share(checkpoint: Checkpoint, recipe: Recipe) -> float:
+    """The share of micro-experts that is packed; of a size, what it may be."""
+    if recipe.plan:
+        return sum(tier.fraction for tier in recipe.plan.tiers if 0 < tier.bits < 16)
+    return _kept_share(checkpoint, recipe) if recipe.packed else 0.0
+
+
+def _kept_share(checkpoint: Checkpoint, recipe: Recipe) -> float:
+    """About the share of micro-experts that a size leaves: few are at more bits than it affords."""
+    costs = micro_expert_costs(checkpoint, recipe)
+    if 0 not in costs:
+        return 1.0
+    affordable = expert_budget(checkpoint, recipe) / checkpoint.expert_bytes
+    return min(1.0, affordable * 16 / min(b for b in costs if b))
 
 
 def _flops_per_second(dtype: torch.dtype, device: torch.device) -> float:

@@ -151,7 +151,7 @@ def inspect(path: Path) -> Inspection:
     return Inspection(
         path=path,
         model_type=structure.model_type,
-        plan=str(checkpoint.quantization.recipe.plan) if checkpoint.quantization else None,
+        plan=checkpoint.quantization.recipe.goal if checkpoint.quantization else None,
         num_layers=structure.num_layers,
         num_experts=structure.num_experts,
         top_k=structure.top_k,

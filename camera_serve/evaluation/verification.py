@@ -131,7 +131,7 @@ def _open_original(checkpoint: Checkpoint, against: Path) -> Checkpoint:
     original = Checkpoint.open(against)
     if original.quantization:
         raise CheckpointError(
-            f"{against} is compressed itself (plan {original.quantization.recipe.plan}): "
+            f"{against} is compressed itself (plan {original.quantization.recipe.goal}): "
             f"compare with the model that {checkpoint.path} was made from"
         )
     _check_same_model(checkpoint, original)

@@ -73,6 +73,27 @@ def tier_counts(
     return tuple(zip(*columns, strict=True))
 
 
+def kept_counts(
+    energies: Sequence[torch.Tensor], kept: int, align: int, least: Sequence[int]
+) -> list[int]:
+    """How many micro-experts of each expert are among `kept` of all, and at least so many.
+
+    energies: one float tensor `[d_ff_e]` per expert; kept, least: multiples of `align`, `least` no
+    more than `kept` in sum.
+    """
+    widths = [len(e) for e in energies]
+    order = rank(torch.cat(list(energies)))
+    owner = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
+    exact = torch.bincount(owner[order[:kept]], minlength=len(widths)).tolist()
+    units = _round_to_total(
+        [n / align for n in exact],
+        total=kept // align,
+        lower=[n // align for n in least],
+        upper=[n // align for n in widths],
+    )
+    return [u * align for u in units]
+
+
 def tier_totals(plan: TierPlan, num_micro_experts: int, align: int) -> dict[int, int]:
     """How many micro-experts of a layer a plan stores at each bit-width, exactly.
 

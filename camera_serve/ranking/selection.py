@@ -33,10 +33,11 @@ class LayerEnergies:
 class Selection:
     """Which micro-experts of each expert are kept, tier by tier and by falling energy in each.
 
-    experts[e], shared[s]: int64 indices into the expert's original d_ff. energy_kept: the kept
-    micro-experts' share of the layer's energy.
+    bits: of the tiers, falling; experts[e], shared[s]: int64 indices into the expert's original
+    d_ff. energy_kept: the kept micro-experts' share of the layer's energy.
     """
 
+    bits: tuple[int, ...]
     layout: LayerLayout
     experts: list[torch.Tensor]
     shared: list[torch.Tensor]
@@ -49,27 +50,30 @@ def select(energies: LayerEnergies, plan: TierPlan, align: int) -> Selection:
     counts = tier_counts(per_expert, plan, align)
     widths = [sum(tiers[: len(plan.bits)]) for tiers in counts]
     kept = [rank(e)[:width] for e, width in zip(per_expert, widths, strict=True)]
-    return selection_of(energies, plan, counts, kept)
+    return selection_of(energies, plan.bits, counts, kept)
 
 
 def selection_of(
     energies: LayerEnergies,
-    plan: TierPlan,
-    counts: Sequence[tuple[int, ...]],
+    bits: tuple[int, ...],
+    counts: Sequence[Sequence[int]],
     kept: list[torch.Tensor],
 ) -> Selection:
-    """What is kept of a layer: by expert, the shared one last, counts of all tiers and indices."""
+    """What is kept of a layer: by expert, the shared one last, counts of its tiers and indices.
+
+    bits: of the stored tiers; a count of 0 bits may follow.
+    """
     per_expert = energies.per_expert
-    stored = len(plan.bits)
+    stored = len(bits)
     num_experts = len(energies.experts)
     layout = LayerLayout(
-        experts=tuple(tiers[:stored] for tiers in counts[:num_experts]),
-        shared=tuple(tiers[:stored] for tiers in counts[num_experts:]),
+        experts=tuple(tuple(tiers[:stored]) for tiers in counts[:num_experts]),
+        shared=tuple(tuple(tiers[:stored]) for tiers in counts[num_experts:]),
     )
     kept_energy = sum(float(e[k].sum()) for e, k in zip(per_expert, kept, strict=True))
     total = sum(float(e.sum()) for e in per_expert)
     share = kept_energy / total if total else 1.0
-    return Selection(layout, kept[:num_experts], kept[num_experts:], share)
+    return Selection(bits, layout, kept[:num_experts], kept[num_experts:], share)
 
 
 def select_rows(

@@ -15,15 +15,10 @@ import torch
 from camera_serve.calibration.inputs import InputRecorder, RoutedInputs, inputs_of_shared
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.ragged.layer import RaggedTier
-from camera_serve.ragged.layout import rank, tier_counts
 from camera_serve.ranking.elimination import eliminate
 from camera_serve.ranking.gram import MIN_TOKENS, WIDEST, gram_of
 from camera_serve.ranking.layer import run_measured, scale_of_routed
-from camera_serve.ranking.selection import LayerEnergies, Selection, selection_of
-from camera_serve.recipe import TierPlan
-
-KEPT_OF_A_LAYER = 0.05
-"""At least this share of a layer's micro-experts stays: a layer is never emptied."""
+from camera_serve.ranking.selection import LayerEnergies
 
 
 @dataclass(frozen=True)
@@ -70,11 +65,16 @@ class LayerSurvey:
 
 @torch.inference_mode()
 def survey_layer(
-    stream: ModelStream, layer: int, loaded: StreamedLayer, hidden: torch.Tensor
+    stream: ModelStream,
+    layer: int,
+    loaded: StreamedLayer,
+    hidden: torch.Tensor,
+    widest: int = WIDEST,
 ) -> LayerSurvey:
     """Run the calibration tokens through one MoE layer of the dense model.
 
-    hidden: `[samples, seq_len, d_model]`, the layer's input, which its output takes the place of.
+    hidden: `[samples, seq_len, d_model]`, the layer's input, which its output takes the place of;
+    widest: wider experts are not taken apart, but ranked by energy; 0: none is.
     """
     assert loaded.experts is not None
     scale = scale_of_routed(loaded, stream.structure.moe_prefix(layer))
@@ -82,61 +82,24 @@ def survey_layer(
     energies = run_measured(stream, layer, loaded, hidden, 0.0, recorder)
     inputs = recorder.routed(stream.structure.num_experts)
     unscaled = list(energies.experts / scale**2)
-    removals = _removals(loaded.experts, unscaled, inputs, stream.device)
+    removals = _removals(loaded.experts, unscaled, inputs, widest, stream.device)
     found = [(order, scale**2 * costs) for order, costs in removals]
     if loaded.shared is not None:
         shared = loaded.shared
         rows = (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight.T)
         whole = RaggedTier(*rows, offsets=(0, len(rows[0])))
         of_shared = inputs_of_shared(inputs, loaded.shared_gate)
-        found += _removals(whole, [energies.shared], of_shared, stream.device)
+        found += _removals(whole, [energies.shared], of_shared, widest, stream.device)
     size = sum(float(batch.float().square().sum()) for batch in hidden)
     order, costs = zip(*found, strict=True)
     return LayerSurvey(energies, 1 / max(size, 1e-300), order, costs)
-
-
-def select_over_model(surveys: list[LayerSurvey], plan: TierPlan, align: int) -> list[Selection]:
-    """The micro-experts a plan keeps of each layer, its shares being those of the whole model.
-
-    A plan that only removes goes by what taking out costs, one with packed tiers by energies.
-    """
-    scores = [_scores(survey, plan) for survey in surveys]
-    flat = [score for layer in scores for score in layer]
-    counts = iter(tier_counts(flat, plan, align))
-    selections = []
-    for survey, layer in zip(surveys, scores, strict=True):
-        own = [next(counts) for _ in layer]
-        kept = [
-            _kept(survey, expert, sum(tiers[: len(plan.bits)]), plan)
-            for expert, tiers in enumerate(own)
-        ]
-        selections.append(selection_of(survey.energies, plan, own, kept))
-    return selections
-
-
-def _scores(survey: LayerSurvey, plan: TierPlan) -> list[torch.Tensor]:
-    """What decides over the model, by micro-expert: those that a layer must keep come first."""
-    removing = plan.bits == (16,)
-    each = survey.removal_scores if removing else survey.energies.per_expert
-    scores = torch.cat(each) * survey.weight
-    safe = scores.topk(max(1, round(KEPT_OF_A_LAYER * len(scores)))).indices
-    scores[safe] = torch.inf
-    return list(scores.split([len(part) for part in each]))
-
-
-def _kept(survey: LayerSurvey, expert: int, width: int, plan: TierPlan) -> torch.Tensor:
-    """The micro-experts of one expert that stay, by falling energy."""
-    energies = survey.energies.per_expert[expert]
-    if plan.bits == (16,):
-        stay = survey.order[expert][len(energies) - width :].sort().values
-        return stay[rank(energies[stay])]
-    return rank(energies)[:width]
 
 
 def _removals(
     experts: RaggedTier[torch.Tensor],
     energies: list[torch.Tensor],
     inputs: RoutedInputs,
+    widest: int,
     device: torch.device,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Order and costs of taking micro-experts out of each expert.
@@ -146,7 +109,7 @@ def _removals(
     """
     for expert, own in enumerate(energies):
         rows = experts.rows(expert)
-        if len(own) > WIDEST or len(inputs.tokens[expert]) < MIN_TOKENS:
+        if len(own) > widest or len(inputs.tokens[expert]) < MIN_TOKENS:
             rising = own.sort(stable=True)
             yield rising.indices, rising.values
             continue

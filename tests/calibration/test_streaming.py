@@ -215,6 +215,6 @@ def recipe(folder: Path) -> Recipe:
     text = folder / "calibration.txt"
     text.write_text(Path(__file__).read_text() * 2)
     calibration = Calibration(source=str(text), samples=4, seq_len=64)
-    return Recipe(
+    return Recipe.paper(
         plan=TierPlan.parse("16:0.4,3:0.3,0:0.3"), calibration=calibration, align=1, group_size=32
     )

@@ -87,7 +87,7 @@ def compressed(model: Path, out: Path) -> Path:
     text = out.with_name("text.txt")
     text.write_text(Path(__file__).read_text())
     calibration = Calibration(source=str(text), samples=2, seq_len=64)
-    compress(model, out, Recipe(plan=TierPlan.prune(0.4), calibration=calibration))
+    compress(model, out, Recipe.paper(plan=TierPlan.prune(0.4), calibration=calibration))
     return out
 
 

@@ -26,7 +26,8 @@ def test_prune_removes_the_share_and_says_what_comes_next(
 ) -> None:
     output = tmp_path / "out"
     before = digest(model)
-    result = run("compress", model, "-o", output, "--prune", 0.5, "--align", 8, *small)
+    how = ["--prune", 0.5, "--align", 8, "--paper"]
+    result = run("compress", model, "-o", output, *how, *small)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == f"wrote {output}; next: vllm serve {output}"
     assert "456.0 KiB -> 228.0 KiB (50.0% smaller)" in result.stdout
@@ -124,7 +125,8 @@ def test_overwrite_replaces_an_earlier_output(
 def test_interrupt_says_how_to_resume_and_resume_gives_the_same_bytes(
     run: Run, model: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["compress", model, "-o", tmp_path / "out", "--prune", 0.4, "--align", 8, *small]
+    how = ["--prune", 0.4, "--align", 8, "--paper"]
+    command = ["compress", model, "-o", tmp_path / "out", *how, *small]
     run("compress", model, "-o", tmp_path / "whole", *command[4:])
     _interrupt_after_layers(1, monkeypatch)
     before = digest(model)
@@ -209,11 +211,11 @@ def test_a_real_interrupt_signal_ends_the_process_with_130(
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
     assert process.wait(60) == 130, rest
-    assert first.startswith("compress  0/24 layers")
+    assert first.startswith("survey  0/24 layers")
     assert "Traceback" not in rest
     assert rest.splitlines()[-1].startswith("error: interrupted")
     assert not (tmp_path / "out").exists()
-    finished = list(tmp_path.glob("out.partial/.state/layer-*"))
+    finished = list(tmp_path.glob("out.partial/.state/survey-*"))
     assert (tmp_path / "out.partial").exists() == bool(finished)
 
 

@@ -74,7 +74,8 @@ def test_another_family_is_not_the_original(run: Run, compressed: Path, tmp_path
 def test_what_compress_writes_is_verified(
     run: Run, model: Path, small: list[str], tmp_path: Path
 ) -> None:
-    run("compress", model, "-o", tmp_path / "real", "--prune", 0.5, "--align", 8, *small)
+    how = ["--prune", 0.5, "--align", 8, "--paper"]
+    run("compress", model, "-o", tmp_path / "real", *how, *small)
     result = run("verify", tmp_path / "real", "--against", model)
     assert result.exit_code == 0, result.output
     assert [line.split()[1] for line in result.stdout.splitlines()[-2:]] == ["304", "304"]

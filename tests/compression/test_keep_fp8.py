@@ -67,7 +67,7 @@ def kept(outputs: tuple[Path, Path], tmp_path: Path) -> Path:
 def recipe(text: Path, plan: str = "16:0.6,0:0.4", **changes: Any) -> Recipe:
     calibration = Calibration(source=str(text), samples=4, seq_len=64)
     settings: dict[str, Any] = {"calibration": calibration, "align": 4, "keep_fp8": True}
-    return Recipe(plan=TierPlan.parse(plan), **settings | changes)
+    return Recipe.paper(plan=TierPlan.parse(plan), **settings | changes)
 
 
 def stored(folder: Path) -> Tensors:

@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(text: Path, prune: float = 0.4, **changes: Any) -> Recipe:
     calibration = Calibration(source=str(text), samples=4, seq_len=64)
-    return Recipe(plan=TierPlan.prune(prune), calibration=calibration, align=4, **changes)
+    return Recipe.paper(plan=TierPlan.prune(prune), calibration=calibration, align=4, **changes)
 
 
 QUANTIZE = "16:0.1,3:0.2,2:0.4,1:0.1,0:0.2"
@@ -60,7 +60,7 @@ def by_plan(text: Path, plan: str = QUANTIZE, **changes: Any) -> Recipe:
         "group_size": 32,
         **changes,
     }
-    return Recipe(plan=TierPlan.parse(plan), **settings)
+    return Recipe.paper(plan=TierPlan.parse(plan), **settings)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -473,7 +473,7 @@ def _memory_of_compression(
         "cost.SOLVER_BYTES, cost.TOKENS_AT_ONCE = 2**26, 256\n"
         "streaming.TOKENS_PER_BATCH = sizing.TOKENS_PER_BATCH = 1024\n"
         "c = Calibration(source=sys.argv[3], samples=int(sys.argv[5]), seq_len=64)\n"
-        "r = Recipe(plan=TierPlan.parse(sys.argv[4]), calibration=c)\n"
+        "r = Recipe.paper(plan=TierPlan.parse(sys.argv[4]), calibration=c)\n"
         "expected = estimate(sys.argv[1], r).peak_memory_bytes\n"
         "before = peak_memory(torch.device('cpu'))\n"
         "compress(sys.argv[1], Path(sys.argv[2]), r)\n"

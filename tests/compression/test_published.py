@@ -47,7 +47,7 @@ def copy_of(model: Path) -> Path:
 def recipe(text: Path, plan: str = PRUNE, **changes: Any) -> Recipe:
     calibration = Calibration(source=str(text), samples=4, seq_len=64)
     settings: dict[str, Any] = {"calibration": calibration, "align": 4, "group_size": 32}
-    return Recipe(plan=TierPlan.parse(plan), **settings | changes)
+    return Recipe.paper(plan=TierPlan.parse(plan), **settings | changes)
 
 
 def weights(folder: Path) -> dict[str, str]:

@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(text: Path, prune: float = 0.4, **changes: Any) -> Recipe:
     calibration = Calibration(source=str(text), samples=4, seq_len=32)
-    return Recipe(plan=TierPlan.prune(prune), calibration=calibration, align=4, **changes)
+    return Recipe.paper(plan=TierPlan.prune(prune), calibration=calibration, align=4, **changes)
 
 
 @pytest.fixture(scope="module")

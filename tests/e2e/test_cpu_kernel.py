@@ -39,7 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     models = {"dense": MODEL}
     for name, plan in PLANS.items():
         calibration = Calibration(source=str(CALIBRATION), samples=2, seq_len=256)
-        recipe = Recipe(plan=TierPlan.parse(plan), calibration=calibration, solver="rtn")
+        recipe = Recipe.paper(plan=TierPlan.parse(plan), calibration=calibration, solver="rtn")
         compress(MODEL, folder / name, recipe)
         models[name] = folder / name
     jobs = {name: Job(str(path), BF16, prompts()) for name, path in models.items()}

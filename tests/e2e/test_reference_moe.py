@@ -73,7 +73,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     output = tmp_path_factory.mktemp("reference") / "compressed"
     calibration = Calibration(source=str(CALIBRATION), samples=8, seq_len=512)
-    compress(MODEL, output, Recipe(plan=TierPlan.prune(0.4), calibration=calibration))
+    compress(MODEL, output, Recipe.paper(plan=TierPlan.prune(0.4), calibration=calibration))
     with (
         served(output, *FLAGS, *TOOL_FLAGS) as serving,
         OpenAI(base_url=serving.url, api_key="none") as client,

@@ -32,7 +32,7 @@ def analysis(model: Path, output: Path, settings: AnalysisSettings, **flags: boo
 
 
 def compression(model: Path, output: Path, settings: AnalysisSettings) -> Run:
-    recipe = Recipe(plan=TierPlan.prune(0.5), calibration=settings.calibration)
+    recipe = Recipe.paper(plan=TierPlan.prune(0.5), calibration=settings.calibration)
 
     def run(report: OnProgress) -> None:
         compress(model, output, recipe, on_progress=report)

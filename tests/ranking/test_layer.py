@@ -177,7 +177,7 @@ def test_tokens_pass_the_attention_of_a_layer_once(
     if step == "analyze":
         analyze(path, tmp_path / "out", AnalysisSettings(calibration=calibration))
     else:
-        recipe = Recipe(plan=TierPlan.prune(0.5), calibration=calibration, align=4)
+        recipe = Recipe.paper(plan=TierPlan.prune(0.5), calibration=calibration, align=4)
         compress(path, tmp_path / "out", recipe)
     layers = Checkpoint.open(path).structure.num_layers
     assert calibration.num_tokens <= counter.tokens / layers < 1.1 * calibration.num_tokens

@@ -7,15 +7,11 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from camera_serve import TierPlan
 from camera_serve.calibration.streaming import ModelStream
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.ranking.elimination import eliminate
-from camera_serve.ranking.selection import LayerEnergies
 from camera_serve.ranking.survey import (
-    KEPT_OF_A_LAYER,
     LayerSurvey,
-    select_over_model,
     survey_layer,
 )
 from tests import tiny_models
@@ -97,60 +93,3 @@ def test_a_survey_comes_back_from_its_tensors(surveyed) -> None:
     for part in ("order", "costs"):
         for one, other in zip(getattr(again, part), getattr(survey, part), strict=True):
             assert one.equal(other)
-
-
-def _made_up(num_layers: int, weights: list[float], d_ff: int = 32, experts: int = 4):
-    """Surveys of random worth, and of no shared expert."""
-    generator = torch.Generator().manual_seed(1)
-    surveys = []
-    for layer in range(num_layers):
-        energies = torch.rand(experts, d_ff, generator=generator, dtype=torch.float64) ** 4
-        costs = [own.sort().values for own in energies]
-        order = [own.argsort() for own in energies]
-        tokens = torch.full((experts,), 100)
-        found = LayerEnergies(energies, torch.empty(0, dtype=torch.float64), tokens)
-        surveys.append(LayerSurvey(found, weights[layer], tuple(order), tuple(costs)))
-    return surveys
-
-
-@pytest.mark.parametrize("plan", ["16:0.6,0:0.4", "3:0.2,2:0.6,1:0.2", "16:0.1,4:0.3,2:0.3,0:0.3"])
-@pytest.mark.parametrize("align", [1, 8])
-def test_the_shares_are_of_the_whole_model(plan: str, align: int) -> None:
-    surveys = _made_up(3, [1.0, 3.0, 0.2])
-    parsed = TierPlan.parse(plan)
-    selections = select_over_model(surveys, parsed, align)
-    total = 3 * 4 * 32
-    for tier, bits in enumerate(parsed.bits):
-        share = next(t.fraction for t in parsed.tiers if t.bits == bits)
-        count = sum(sum(tiers[tier] for tiers in s.layout.experts) for s in selections)
-        assert abs(count - share * total) <= align
-    for selection in selections:
-        for tiers, kept in zip(selection.layout.experts, selection.experts, strict=True):
-            assert len(kept) == sum(tiers) == len(set(kept.tolist()))
-            assert all(count % align == 0 for count in tiers)
-
-
-def test_layers_whose_output_matters_more_keep_more() -> None:
-    surveys = _made_up(3, [1.0, 10.0, 0.1])
-    kept = [
-        sum(selection.layout.expert_d_ff)
-        for selection in select_over_model(surveys, TierPlan.prune(0.5), 1)
-    ]
-    assert kept[1] > kept[0] > kept[2]
-
-
-def test_no_layer_is_emptied() -> None:
-    surveys = _made_up(3, [1.0, 1.0, 1e-12])
-    selections = select_over_model(surveys, TierPlan.prune(0.6), 1)
-    assert sum(selections[2].layout.expert_d_ff) == round(KEPT_OF_A_LAYER * 4 * 32)
-
-
-def test_what_stays_is_what_would_have_gone_last_by_falling_energy() -> None:
-    (survey,) = _made_up(1, [1.0])
-    # Another order than that of the energies.
-    order = tuple(torch.randperm(32) for _ in survey.order)
-    survey = LayerSurvey(survey.energies, 1.0, order, survey.costs)
-    (selection,) = select_over_model([survey], TierPlan.prune(0.5), 1)
-    for expert, kept in enumerate(selection.experts):
-        assert set(kept.tolist()) == set(order[expert][32 - len(kept) :].tolist())
-        assert (survey.energies.experts[expert][kept].diff() <= 0).all()

@@ -53,7 +53,7 @@ def test_every_method_removes_the_same_share_and_is_compared_in_pairs(
     monkeypatch.setattr(reference, "HELDOUT", {"code": text})
     (tmp_path / "text.txt").write_text(text.read_text())
     calibration = Calibration(source=str(tmp_path / "text.txt"), samples=4, seq_len=64)
-    recipe = Recipe(plan=TierPlan.prune(0.4), calibration=calibration)
+    recipe = Recipe.paper(plan=TierPlan.prune(0.4), calibration=calibration)
     result = pruning.measure(model, [recipe])
     assert str(tmp_path) not in str(result)
     rows = {(row["method"], row.get("seed")): row for row in result["rows"]}

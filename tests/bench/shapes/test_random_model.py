@@ -47,7 +47,7 @@ SMALL = Shape(
 
 def _recipe(plan: str) -> Recipe:
     calibration = Calibration(source="none")
-    return Recipe(plan=TierPlan.parse(plan), calibration=calibration, align=8, group_size=32)
+    return Recipe.paper(plan=TierPlan.parse(plan), calibration=calibration, align=8, group_size=32)
 
 
 def _write(path: Path, plan: str | None = None, *, balanced: bool = False) -> Path:
