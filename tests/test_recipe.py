@@ -88,3 +88,8 @@ def test_a_recipe_that_does_not_exist_is_named(tmp_path: Path) -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         RECIPE.alpha = 0.5  # type: ignore[misc]
+
+
+def test_a_setting_that_older_versions_do_not_know_is_written_where_it_is_used() -> None:
+    assert "polish" not in RECIPE.dump()
+    assert "polish: true" in RECIPE.model_copy(update={"polish": True}).dump()

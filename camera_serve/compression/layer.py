@@ -222,6 +222,7 @@ def _quantize(
         solver=recipe.solver,
         weighted=recipe.weighted,
         refit=recipe.refit,
+        polish=recipe.polish,
         device=device,
     ):
         end = kept.rows.offsets[solved.expert + 1]

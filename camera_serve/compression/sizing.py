@@ -288,7 +288,13 @@ def _solves(structure: MoeStructure, recipe: Recipe, share: float = 1) -> list[S
     kinds = [(structure.num_experts, structure.d_ff)]
     kinds += [(1, structure.shared_d_ff)] if structure.shared_d_ff else []
     return [
-        SolveSize(number, max(1, round(share * d_ff)), structure.d_model, recipe.group_size)
+        SolveSize(
+            number,
+            max(1, round(share * d_ff)),
+            structure.d_model,
+            recipe.group_size,
+            recipe.polish,
+        )
         for number, d_ff in kinds
     ]
 

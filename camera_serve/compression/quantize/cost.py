@@ -14,6 +14,7 @@ from camera_serve.compression.quantize.gptq import (
     solve_along_columns,
     solve_along_rows,
 )
+from camera_serve.compression.quantize.polish import SWEEPS, polish_along_columns, polish_along_rows
 
 SOLVER_BYTES = 2**31
 """Memory the experts solved at a time may take: their Hessians, factors and weights."""
@@ -35,6 +36,7 @@ class SolveSize:
     width: int
     d_model: int
     group_size: int
+    polish: bool = False
 
     @property
     def expert_bytes(self) -> int:
@@ -43,11 +45,13 @@ class SolveSize:
         Factoring holds the Hessian, its damped copy, the factor, and at most as much again inside
         the library that factors; the column loop holds the Hessian and its factor. Beside them are
         the expert's own weights and, from the loop on, what is quantized, its codes and the update
-        of later columns. Fitting the grids of a block takes the last term.
+        of later columns. Polishing holds the damped Hessian in the factor's place, both solutions,
+        and what each weight has lost. Fitting the grids of a block takes the last term.
         """
         weights = self.width * self.d_model
-        gate_up = max(4 * self.d_model**2 + 3 * weights, 2 * self.d_model**2 + 8 * weights)
-        down = max(4 * self.width**2 + 6 * weights, 2 * self.width**2 + 8 * weights)
+        loops = (10, 10) if self.polish else (8, 8)
+        gate_up = max(4 * self.d_model**2 + 3 * weights, 2 * self.d_model**2 + loops[0] * weights)
+        down = max(4 * self.width**2 + 6 * weights, 2 * self.width**2 + loops[1] * weights)
         return 4 * (max(gate_up, down) + 16 * self.width * max(BLOCK, self.group_size))
 
     @property
@@ -76,14 +80,18 @@ def solve_seconds(
 ) -> float:
     """Time of a solve whose experts are routed `num_tokens` each, scaled from timed pieces of it.
 
-    Timed are one block of either column loop, and the factors. What is matrix products goes at the
-    rate given: the Hessians, the activations, and the updates that blocks leave for later columns.
+    Timed are one block of either column loop, polished where it is to be, and the factors. What is
+    matrix products goes at the rate given: the Hessians, the activations, and the updates that
+    blocks leave for later columns.
     """
     d_model, width = size.d_model, size.width
     loops = _gate_up_seconds(size, device) + _down_seconds(size, device)
     factors = _factor_seconds(d_model, device) + _factor_seconds(width, device)
     products = num_tokens * (2 * d_model**2 + 4 * d_model * width + 2 * width**2)
     updates = 2 * width * d_model**2 + d_model * width**2
+    if size.polish:
+        # Of all columns, where those of the loops are of the later ones alone.
+        updates *= 1 + 2 * SWEEPS
     each = factors + (products + updates) / flops_per_second
     return math.ceil(size.num_experts / size.experts_at_once) * loops + size.num_experts * each
 
@@ -95,7 +103,14 @@ def _gate_up_seconds(size: SolveSize, device: torch.device) -> float:
     weights = _weights((timed, 2 * size.width, columns), device)
     levels = weights.new_ones(weights.shape[:2])
     hessians = torch.eye(columns, device=device).repeat(timed, 1, 1)
-    seconds = _seconds(lambda: solve_along_columns(weights, hessians, levels, size.group_size))
+
+    def run() -> Solution:
+        solved = solve_along_columns(weights, hessians, levels, size.group_size)
+        if not size.polish:
+            return solved
+        return polish_along_columns(weights, hessians, levels, solved, size.group_size, SWEEPS)
+
+    seconds = _seconds(run)
     return seconds * size.experts_at_once / timed * size.d_model / columns
 
 
@@ -106,7 +121,14 @@ def _down_seconds(size: SolveSize, device: torch.device) -> float:
     weights = _weights((timed, size.d_model, columns), device)
     levels = weights.new_ones(timed, columns)
     hessians = torch.eye(columns, device=device).repeat(timed, 1, 1)
-    seconds = _seconds(lambda: solve_along_rows(weights, hessians, levels, size.group_size))
+
+    def run() -> Solution:
+        solved = solve_along_rows(weights, hessians, levels, size.group_size)
+        if not size.polish:
+            return solved
+        return polish_along_rows(weights, hessians, levels, solved, size.group_size, SWEEPS)
+
+    seconds = _seconds(run)
     return seconds * size.experts_at_once / timed * size.width / columns
 
 

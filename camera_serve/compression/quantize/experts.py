@@ -14,7 +14,13 @@ import torch
 from camera_serve.calibration.inputs import RoutedInputs
 from camera_serve.compression.quantize.compensation import activations_of, compensated
 from camera_serve.compression.quantize.cost import SolveSize
-from camera_serve.compression.quantize.gptq import solve_along_columns, solve_along_rows
+from camera_serve.compression.quantize.gptq import (
+    Solution,
+    solve_along_columns,
+    solve_along_rows,
+)
+from camera_serve.compression.quantize.held_back import HeldBack
+from camera_serve.compression.quantize.polish import SWEEPS, polish_along_columns, polish_along_rows
 from camera_serve.models.structure import Projection
 from camera_serve.ragged.layer import QuantizedRows, RaggedTier
 
@@ -23,18 +29,22 @@ MIN_TOKENS = 32
 
 Solver = Literal["gptq", "rtn"]
 
+Judges = Sequence[HeldBack | None]
+
 
 @dataclass(frozen=True)
 class QuantizedExpert:
     """The packed tiers of one expert.
 
     rounded: to nearest, because it saw fewer than `MIN_TOKENS` tokens, or because what it saw gives
-    no Hessian that could be factored.
+    no Hessian that could be factored. unpolished: what polishing made of it, or of its gate and up
+    or its down alone, was worse for tokens held back, and was not taken.
     """
 
     expert: int
     rows: dict[Projection, QuantizedRows]
     rounded: bool
+    unpolished: bool = False
 
 
 def quantize_experts(
@@ -46,6 +56,7 @@ def quantize_experts(
     solver: Solver,
     weighted: bool = False,
     refit: bool = False,
+    polish: bool = False,
     device: torch.device,
 ) -> Iterator[QuantizedExpert]:
     """Quantize the rows of `experts` whose `row_bits` are below 16 (Algorithm 3, lines 9-13).
@@ -54,13 +65,15 @@ def quantize_experts(
     bits come first in an expert and stay as they are, so they take no part in its error.
     weighted: tokens count in the Hessians by the square of their routing weight, as they do in the
     output; refit: down makes up for what quantizing gate and up has lost, where held back tokens
-    are better off. Yields the experts with rows below 16 bits, in order; a caller may overwrite the
-    rows of an expert once it has been given it, so that a layer need not be held twice.
+    are better off; polish: codes, scales and zeros are decided again with all others in place, by
+    Hessians of all tokens but those that are held back to judge it. Yields the experts with rows
+    below 16 bits, in order; a caller may overwrite the rows of an expert once it has been given it,
+    so that a layer need not be held twice.
     """
     packed = row_bits < 16
     widths = [int(packed[experts.rows(e)].sum()) for e in range(len(experts.offsets) - 1)]
     seen = [len(tokens) for tokens in inputs.tokens]
-    size = SolveSize(len(widths), max(widths), inputs.x.shape[1], group_size)
+    size = SolveSize(len(widths), max(widths), inputs.x.shape[1], group_size, polish)
     for chunk in _chunks(widths, size):
         usable = tuple(e if solver == "gptq" and seen[e] >= MIN_TOKENS else None for e in chunk)
         rows = [slice(experts.offsets[e + 1] - widths[e], experts.offsets[e + 1]) for e in chunk]
@@ -68,8 +81,9 @@ def quantize_experts(
         solved = _solve(batch, inputs if weighted else _unweighted(inputs), size, refit)
         # Or the next chunk would be loaded beside this one.
         del batch
-        for expert, (quantized, failed) in zip(chunk, solved, strict=True):
-            yield QuantizedExpert(expert, quantized, failed or seen[expert] < MIN_TOKENS)
+        for expert, (quantized, failed, worse) in zip(chunk, solved, strict=True):
+            rounded = failed or seen[expert] < MIN_TOKENS
+            yield QuantizedExpert(expert, quantized, rounded, unpolished=worse)
 
 
 @dataclass(frozen=True)
@@ -122,21 +136,109 @@ def _unweighted(inputs: RoutedInputs) -> RoutedInputs:
 
 def _solve(
     batch: _Batch, inputs: RoutedInputs, size: SolveSize, refit: bool
-) -> list[tuple[dict[Projection, QuantizedRows], bool]]:
-    """The quantized rows of each expert of a batch, and whether a Hessian of it failed."""
-    levels, width = batch.levels.repeat(1, 2), batch.down.shape[1]
-    hessians = _hessians(batch, inputs, size, size.d_model, lambda _, x: x)
-    gate_up = solve_along_columns(batch.gate_up, hessians, levels, size.group_size)
+) -> list[tuple[dict[Projection, QuantizedRows], bool, bool]]:
+    """Each expert's quantized rows, whether a Hessian of it failed, and whether a polish was worse.
 
-    def activations(slot: int, x: torch.Tensor) -> torch.Tensor:
-        return activations_of(gate_up.dequantized[slot], x)
-
+    inputs: of all tokens; `size.polish` says whether to polish.
+    """
+    judges: Judges = [None] * len(batch.experts)
+    fitting = inputs
+    if size.polish:
+        fitting, judges = _judged(batch, inputs)
+    gate_up, worse_gate_up = _solve_gate_up(batch, fitting, size, judges)
     if refit:
         _compensate(batch, gate_up.dequantized, inputs, size.tokens_at_once)
-    hessians = _hessians(batch, inputs, size, width, activations)
-    down = solve_along_rows(
-        batch.down.transpose(1, 2), hessians, batch.levels, size.group_size, batch.widths
+    down, worse_down = _solve_down(batch, gate_up.dequantized, fitting, size, judges)
+    failed = (gate_up.failed | down.failed).tolist()
+    worse = [a or b for a, b in zip(worse_gate_up, worse_down, strict=True)]
+    return list(zip(_packed(batch, gate_up, down), failed, worse, strict=True))
+
+
+def _solve_gate_up(
+    batch: _Batch, inputs: RoutedInputs, size: SolveSize, judges: Judges
+) -> tuple[Solution, list[bool]]:
+    levels = batch.levels.repeat(1, 2)
+    hessians = _hessians(batch, inputs, size, size.d_model, lambda _, x: x)
+    solved = solve_along_columns(batch.gate_up, hessians, levels, size.group_size)
+    if not size.polish:
+        return solved, [False] * len(judges)
+
+    def error(judge: HeldBack, slot: int, solution: Solution) -> float:
+        lost = judge.activations(solution.dequantized[slot]) - judge.activations(
+            batch.gate_up[slot]
+        )
+        return judge.error(lost, batch.down[slot])
+
+    polished = polish_along_columns(
+        batch.gate_up, hessians, levels, solved, size.group_size, SWEEPS
     )
+    return _better(solved, polished, judges, error)
+
+
+def _solve_down(
+    batch: _Batch, gate_up: torch.Tensor, inputs: RoutedInputs, size: SolveSize, judges: Judges
+) -> tuple[Solution, list[bool]]:
+    """Down, on the activations that the dequantized `gate_up` makes."""
+
+    def activations(slot: int, x: torch.Tensor) -> torch.Tensor:
+        return activations_of(gate_up[slot], x)
+
+    def error(judge: HeldBack, slot: int, solution: Solution) -> float:
+        lost = solution.dequantized[slot].T - batch.down[slot]
+        return judge.error(judge.activations(gate_up[slot]), lost)
+
+    weights, levels = batch.down.transpose(1, 2), batch.levels
+    hessians = _hessians(batch, inputs, size, weights.shape[2], activations)
+    solved = solve_along_rows(weights, hessians, levels, size.group_size, batch.widths)
+    if not size.polish:
+        return solved, [False] * len(judges)
+    polished = polish_along_rows(weights, hessians, levels, solved, size.group_size, SWEEPS)
+    return _better(solved, polished, judges, error)
+
+
+def _judged(batch: _Batch, inputs: RoutedInputs) -> tuple[RoutedInputs, Judges]:
+    """The inputs to fit to, and the tokens that judge the polish of each expert.
+
+    None, and all of its tokens to fit to, for an expert that is rounded to nearest or saw too few.
+    """
+    fitting, held = inputs.split()
+    tokens, weights = list(inputs.tokens), list(inputs.weights)
+    judges: list[HeldBack | None] = [None] * len(batch.experts)
+    for slot, expert in enumerate(batch.experts):
+        if expert is None or len(fitting.tokens[expert]) < MIN_TOKENS:
+            continue
+        if len(held.tokens[expert]):
+            tokens[expert], weights[expert] = fitting.tokens[expert], fitting.weights[expert]
+            judges[slot] = HeldBack.of(held.of(expert), batch.down.device)
+    return replace(inputs, tokens=tuple(tokens), weights=tuple(weights)), judges
+
+
+def _better(
+    solved: Solution,
+    polished: Solution,
+    judges: Judges,
+    error: Callable[[HeldBack, int, Solution], float],
+) -> tuple[Solution, list[bool]]:
+    """Each expert polished where its judge finds no larger error, and where one does."""
+    worse = [
+        # NaN is worse.
+        judge is not None and not error(judge, slot, polished) <= error(judge, slot, solved)
+        for slot, judge in enumerate(judges)
+    ]
+    stay = torch.tensor([w or j is None for w, j in zip(worse, judges, strict=True)])
+    stay = stay.to(solved.codes.device)[:, None, None]
+    codes, dequantized, scale, zero = (
+        getattr(solved, name).where(stay, getattr(polished, name))
+        for name in ("codes", "dequantized", "scale", "zero")
+    )
+    return Solution(codes, dequantized, scale, zero, solved.failed), worse
+
+
+def _packed(
+    batch: _Batch, gate_up: Solution, down: Solution
+) -> list[dict[Projection, QuantizedRows]]:
+    """Each expert's rows to store."""
+    width = batch.down.shape[1]
     gate_codes, up_codes = gate_up.codes.split(width, dim=1)
     gate_scale, up_scale = gate_up.scale.split(width, dim=1)
     gate_zero, up_zero = gate_up.zero.split(width, dim=1)
@@ -145,9 +247,8 @@ def _solve(
         "up": _rows(up_codes, up_scale, up_zero, batch.widths),
         "down": _rows(down.codes.transpose(1, 2), down.scale, down.zero, batch.widths),
     }
-    failed = (gate_up.failed | down.failed).tolist()
     return [
-        ({projection: rows[slot] for projection, rows in by_projection.items()}, failed[slot])
+        {projection: rows[slot] for projection, rows in by_projection.items()}
         for slot in range(len(batch.widths))
     ]
 

@@ -192,10 +192,10 @@ def _columns(
     # Whole groups, or a group's grid would be fitted before all columns before it were made up for.
     whole_groups = math.lcm(INNER_BLOCK, group_size)
     block = max(whole_groups, BLOCK // whole_groups * whole_groups)
-    for start, end in _blocks(0, rest.shape[1], block):
+    for start, end in blocks(0, rest.shape[1], block):
         # Holds the weights of the block, and as each is quantized, what was lost of it.
         losses = original[:, start:end].clone(memory_format=torch.contiguous_format)
-        for first, last in _blocks(start, end, INNER_BLOCK):
+        for first, last in blocks(start, end, INNER_BLOCK):
             for column in range(first, last):
                 values = rest[:, column]
                 code, decoded = quantize(column, values, rest[:, column : column + group_size])
@@ -209,7 +209,8 @@ def _columns(
     return codes.transpose(1, 2), rest.transpose(1, 2)
 
 
-def _blocks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+def blocks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """The spans of `size` from `start` on, the last up to `end`."""
     return ((first, min(first + size, end)) for first in range(start, end, size))
 
 

@@ -69,7 +69,7 @@ def _fit(weights: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor) 
     mass = importance.sum(-1)
     mean = (weights * importance).sum(-1) / mass
     for _ in range(REFINEMENTS):
-        refit = _least_squares(best, weights, importance, mass, mean)
+        refit = least_squares(best, best.encode(weights), weights, importance, mass, mean)
         best, error = _better(refit, best, error, weights, roots)
     return best
 
@@ -107,20 +107,21 @@ def _better(
     return Grid(scale, zero, best.levels), torch.minimum(challenge, error)
 
 
-def _least_squares(
+def least_squares(
     grid: Grid,
+    codes: torch.Tensor,
     weights: torch.Tensor,
     importance: torch.Tensor,
     mass: torch.Tensor,
     mean: torch.Tensor,
 ) -> Grid:
-    """Scale and zero that fit the present codes best, where the codes determine both.
+    """Scale and zero that fit `codes` best, where the codes determine both.
 
+    grid: whose scale stays where they do not; codes, weights: float32 `[..., num_groups, group]`;
     mass: the sum of a group's importance; mean: its weights' weighted mean.
     """
-    codes = grid.encode(weights)
     code_mean = (codes * importance).sum(-1) / mass
-    spread = codes.sub_(code_mean[..., None])
+    spread = codes - code_mean[..., None]
     weighted = spread * importance
     variance = (weighted * spread).sum(-1)
     slope = weighted.mul_(weights).sum(-1) / variance.clamp(min=1e-30)
