@@ -32,11 +32,14 @@ settings, `camera_report.json` the kept widths and the tokens each expert saw.
     vllm serve PATH_OR_NAME_OF_THIS_MODEL
 
 With transformers: `import camera_serve.hf`, then `{auto_class}.from_pretrained(...)`;
-without that import transformers refuses this checkpoint. With lm-eval, in vLLM or in transformers:
+without that import transformers refuses this checkpoint. With lm-eval{in_transformers}:
 
     pip install 'camera-serve[vllm,evaluation]'
     export MODEL=PATH_OR_NAME_OF_THIS_MODEL
     lm_eval --model vllm --model_args pretrained=$MODEL --tasks wikitext
+{lm_eval_hf}"""
+
+LM_EVAL_HF = """\
     python -m camera_serve.hf lm_eval --model hf --model_args pretrained=$MODEL --tasks wikitext
 """
 
@@ -54,8 +57,12 @@ def model_card(source: Path, report: CompressionReport, auto_class: str) -> str:
         **_inherited(source / "README.md"),
     )
     calibration = report.recipe.calibration
+    # The only class that lm-eval scores text with in transformers.
+    scored = auto_class == "AutoModelForCausalLM"
     body = BODY.format(
         auto_class=auto_class,
+        in_transformers=", in vLLM or in transformers" if scored else ", in vLLM",
+        lm_eval_hf=LM_EVAL_HF if scored else "",
         name=report.model.rsplit("/", 1)[-1],
         original=_original(report),
         plan=report.recipe.goal,

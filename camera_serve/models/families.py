@@ -70,7 +70,11 @@ class Family:
 
 _W123 = ("w1", "w3", "w2")
 _SIGMOID = (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"))
+# Biases that transformers adds and vLLM's models leave out.
+_NO_ATTENTION_BIAS = ("attention_bias", (False,))
+_NO_MLP_BIAS = ("mlp_bias", (False,))
 _DEEPSEEK_V3 = (
+    _NO_ATTENTION_BIAS,
     ("scoring_func", ("sigmoid",)),
     ("topk_method", ("noaux_tc",)),
     ("moe_layer_freq", (1,)),
@@ -80,7 +84,7 @@ _DEEPSEEK_V3 = (
 # and knows none of the biases.
 _QWEN3_NEXT = (
     ("attn_output_gate", (True,)),
-    ("attention_bias", (False,)),
+    _NO_ATTENTION_BIAS,
     ("qkv_bias", (False,)),
     ("layer_scale", (False, None)),
     ("output_gate_type", ("silu", "swish")),
@@ -90,8 +94,9 @@ _RENORMALISED = ("norm_topk_prob", (True,))
 
 FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(("Qwen2MoeForCausalLM",)),
-    "qwen3_moe": Family(("Qwen3MoeForCausalLM",)),
-    "olmoe": Family(("OlmoeForCausalLM",)),
+    "qwen3_moe": Family(("Qwen3MoeForCausalLM",), understood=(_NO_ATTENTION_BIAS,)),
+    # vLLM does not clip.
+    "olmoe": Family(("OlmoeForCausalLM",), understood=(_NO_ATTENTION_BIAS, ("clip_qkv", (None,)))),
     "mixtral": Family(
         ("MixtralForCausalLM",), _W123, hf_renames=((".block_sparse_moe.", ".mlp."),)
     ),
@@ -100,14 +105,18 @@ FAMILIES: dict[str, Family] = {
         _W123,
         hf_renames=((".block_sparse_moe.", ".mlp."), (".mlp.gate.", ".mlp.router.")),
     ),
-    "deepseek": Family(("DeepseekForCausalLM",), understood=(("scoring_func", ("softmax",)),)),
+    "deepseek": Family(
+        ("DeepseekForCausalLM",),
+        understood=(("scoring_func", ("softmax",)), _NO_ATTENTION_BIAS, _NO_MLP_BIAS),
+    ),
     "deepseek_v2": Family(
         ("DeepseekV2ForCausalLM",),
         understood=(
             ("scoring_func", ("softmax",)),
             ("topk_method", ("greedy", "group_limited_greedy")),
             ("norm_topk_prob", (False, None)),
-            ("mlp_bias", (False,)),
+            _NO_ATTENTION_BIAS,
+            _NO_MLP_BIAS,
             ("moe_layer_freq", (1,)),
         ),
     ),
@@ -134,6 +143,12 @@ FAMILIES: dict[str, Family] = {
         understood=_DEEPSEEK_V3,
         spelled_out=_SIGMOID,
         elsewhere=("vision_tower.", "mm_projector.", "model.vision_tower.", "model.mm_projector."),
+        # As transformers saves what it read from a published checkpoint.
+        also_stored=(
+            ("language_model.model.blocks.", "language_model.model.layers."),
+            ("model.mm_projector.pre_norm.", "mm_projector.pre_norm."),
+            ("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed."),
+        ),
     ),
     "glm4_moe": Family(
         ("Glm4MoeForCausalLM",),
@@ -153,7 +168,7 @@ FAMILIES: dict[str, Family] = {
         understood=(
             ("scoring_func", ("sigmoid",)),
             ("use_routing_bias", (True,)),
-            ("attention_bias", (False,)),
+            _NO_ATTENTION_BIAS,
             ("shared_intermediate_size", (0,)),
         ),
         spelled_out=(("scoring_func", "sigmoid"), ("use_routing_bias", True)),
@@ -166,7 +181,7 @@ FAMILIES: dict[str, Family] = {
             (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
             (".mlp.shared_mlp.", ".mlp.shared_experts."),
         ),
-        understood=(("mlp_bias", (False,)), ("attention_bias", (False,))),
+        understood=(_NO_MLP_BIAS, _NO_ATTENTION_BIAS),
         spelled_out=(
             ("expert_hidden_dim", lambda text: text.moe_intermediate_size),
             ("first_k_dense_replace", lambda text: text.mlp_layer_types.count("dense")),
@@ -221,7 +236,7 @@ FAMILIES: dict[str, Family] = {
             ("gating", (True, "per-head", "per-element")),
             ("swa_attention_sink_enabled", (False, None)),
             ("swa_rope_parameters", (None,)),
-            ("attention_bias", (False,)),
+            _NO_ATTENTION_BIAS,
         ),
     ),
     # vLLM takes the embedding for the head, whatever the setting says.
@@ -237,10 +252,11 @@ FAMILIES: dict[str, Family] = {
             (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
             (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
         ),
-        understood=(("attention_bias", (False,)),),
+        understood=(_NO_ATTENTION_BIAS,),
     ),
     "afmoe": Family(
         ("AfmoeForCausalLM",),
+        understood=(_NO_ATTENTION_BIAS,),
         spelled_out=(
             ("score_func", "sigmoid"),
             ("route_norm", True),
@@ -260,7 +276,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_vl_moe": Family(
         ("Qwen3VLMoeForConditionalGeneration",),
-        understood=(("attention_bias", (False,)), _RENORMALISED),
+        understood=(_NO_ATTENTION_BIAS, _RENORMALISED),
         spelled_out=(("norm_topk_prob", True),),
         fused_transposed=True,
     ),

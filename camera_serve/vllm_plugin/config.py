@@ -24,8 +24,7 @@ from camera_serve.checkpoint.reader import load_config, read_json
 from camera_serve.errors import CheckpointError, ServingError, first_line, quoted
 from camera_serve.models import MoeStructure, describe
 from camera_serve.vllm_plugin import contract
-from camera_serve.vllm_plugin.drafts import draft_layers
-from camera_serve.vllm_plugin.loading import check_folder, check_hub_model
+from camera_serve.vllm_plugin.loading import StoredNames, check_folder, check_hub_model
 from camera_serve.vllm_plugin.refusals import refuse_method, refuse_overrides
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class CameraConfig(QuantizationConfig):
         self.quantization = quantization
         self._structure: MoeStructure | None = None
         self._served_names: dict[str, str] = {}
-        self._draft_layers: frozenset[str] | None = frozenset()
+        self._stored: StoredNames | None = StoredNames()
 
     @classmethod
     def get_name(cls) -> str:
@@ -124,15 +123,14 @@ class CameraConfig(QuantizationConfig):
                 refuse_overrides(structure, stored, model_name)
             self.quantization.check(structure)
             if folder.is_dir():
-                carried = check_folder(folder)
+                self._stored = check_folder(folder)
             else:
                 from camera_serve.vllm_plugin.compat import hub_shapes
 
                 found = hub_shapes(model_name, revision)
-                carried = check_hub_model(
+                self._stored = check_hub_model(
                     model_name, hf_config, structure, self.quantization, found
                 )
-        self._draft_layers = None if carried is None else draft_layers(carried)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Ragged methods for routed and shared experts, vLLM's own for all other layers.
@@ -148,7 +146,11 @@ class CameraConfig(QuantizationConfig):
         outside = self.quantization.outside_experts
         self._served_names |= {
             served: stored
-            for stored in (*self.quantization.layers, *(outside.modules if outside else ()))
+            for stored in (
+                *self.quantization.layers,
+                *(outside.modules if outside else ()),
+                *(self._stored.biased if self._stored else ()),
+            )
             for served in hf_to_vllm_mapper.apply_list([stored])
         }
 
@@ -157,9 +159,7 @@ class CameraConfig(QuantizationConfig):
         from camera_serve.vllm_plugin.methods import LayerMethods
 
         assert self._structure is not None, "vLLM builds layers before it has shown their config"
-        return LayerMethods(
-            self.quantization, self._structure, self._served_names, self._draft_layers
-        )
+        return LayerMethods(self.quantization, self._structure, self._served_names, self._stored)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Which rows of a ragged layer a rank holds, and how tensors get there. Nothing of vLLM here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -281,15 +281,34 @@ def _part_of(rows: Rows, part: Part) -> torch.Tensor | None:
     return rows if part == "weight" else None
 
 
-def check_folder(path: Path) -> frozenset[str] | None:
+@dataclass(frozen=True)
+class StoredNames:
+    """What a checkpoint holds, by name.
+
+    carried: tensors that are not the model's own; biased: the model's own modules with a bias.
+    """
+
+    carried: frozenset[str] = frozenset()
+    biased: frozenset[str] = frozenset()
+
+    @classmethod
+    def sort(cls, found: Set[str], own: Set[str]) -> "StoredNames":
+        """Of all tensors, those of the model itself among them."""
+        biased = (name.removesuffix(".bias") for name in own if name.endswith(".bias"))
+        return cls(frozenset(found - own), frozenset(biased))
+
+
+def check_folder(path: Path) -> StoredNames | None:
     """Compare every tensor of a checkpoint folder with its config, from the headers alone.
 
-    Returns the names of the tensors that are not the model's own. Raises `CheckpointError` naming a
-    missing, extra or misshapen tensor, a missing or broken file, or a count that does not fit. A
-    folder without any weights passes, as None: `--load-format dummy` needs none, and every other
-    load format says itself that it found none.
+    Raises `CheckpointError` naming a missing, extra or misshapen tensor, a missing or broken file,
+    or a count that does not fit. A folder without any weights passes, as None: `--load-format
+    dummy` needs none, and every other load format says itself that it found none.
     """
-    return Checkpoint.open(path).carried_names if _holds_weights(path) else None
+    if not _holds_weights(path):
+        return None
+    checkpoint = Checkpoint.open(path)
+    return StoredNames.sort(checkpoint.entries.keys(), checkpoint.expected_shapes.keys())
 
 
 def check_hub_model(
@@ -298,7 +317,7 @@ def check_hub_model(
     structure: MoeStructure,
     quantization: CameraQuantizationConfig,
     found: Shapes,
-) -> frozenset[str] | None:
+) -> StoredNames | None:
     """Like `check_folder` for a model on the hub; `found`: the shapes its headers state.
 
     An empty `found` passes: the hub could not be asked, and loading itself counts what arrives.
@@ -309,7 +328,7 @@ def check_hub_model(
     if quantization.outside_experts:
         wanted |= scale_shapes(quantization.outside_experts, wanted)
     check_shapes(found, wanted, structure, Path(model))
-    return frozenset(found.keys() - wanted.keys())
+    return StoredNames.sort(found.keys(), wanted.keys())
 
 
 def _holds_weights(path: Path) -> bool:

@@ -19,9 +19,10 @@ from camera_serve.checkpoint.format import CameraQuantizationConfig
 from camera_serve.errors import ServingError
 from camera_serve.models import MoeStructure, Projection
 from camera_serve.vllm_plugin import contract
-from camera_serve.vllm_plugin.drafts import DRAFT_MODEL, why_no_draft
+from camera_serve.vllm_plugin.biases import require_bias
+from camera_serve.vllm_plugin.drafts import DRAFT_MODEL, draft_layers, why_no_draft
 from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
-from camera_serve.vllm_plugin.loading import TierCounts
+from camera_serve.vllm_plugin.loading import StoredNames, TierCounts
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
 from camera_serve.vllm_plugin.outside import MERGED, outside_method
 from camera_serve.vllm_plugin.packed_shared import (
@@ -44,8 +45,8 @@ _LINEARS: dict[str, tuple[Projection, ...]] = {
 class LayerMethods:
     """The methods of one model's layers, by its layout and what its family calls them.
 
-    served_names: the layout's name of each MoE layer by vLLM's, where they differ; stored_drafts:
-    MoE layers for drafts that the checkpoint holds, None if it has no weights.
+    served_names: the checkpoint's name of a module by vLLM's, where they differ; stored: what the
+    checkpoint holds, None if it has no weights.
     """
 
     def __init__(
@@ -53,12 +54,13 @@ class LayerMethods:
         quantization: CameraQuantizationConfig,
         structure: MoeStructure,
         served_names: Mapping[str, str],
-        stored_drafts: frozenset[str] | None,
+        stored: StoredNames | None,
     ) -> None:
         self.quantization = quantization
         self._structure = structure
         self._served_names = served_names
-        self._stored_drafts = stored_drafts
+        self._stored_drafts = None if stored is None else draft_layers(stored.carried)
+        self._biased = frozenset() if stored is None else stored.biased
         outside = quantization.outside_experts
         self._outside = outside_method(outside) if outside else None
         self._packed: dict[str, PackedSharedExpert] = {}
@@ -89,17 +91,25 @@ class LayerMethods:
         stored = self._stored_name(served)
         if stored and name == self._structure.shared_expert_name:
             return self._shared_method(layer, stored, module, linear)
-        if self._outside and self._is_kept(prefix, merged):
-            return self._outside.get_quant_method(layer, prefix)
-        return UnquantizedLinearMethod()
+        names = self._stored_linears(prefix, merged)
+        method: QuantizeMethodBase | None = None
+        if self._outside and self._is_kept(prefix, names):
+            method = self._outside.get_quant_method(layer, prefix)
+        method = method or UnquantizedLinearMethod()
+        if biased := names & self._biased:
+            require_bias(method, min(biased))
+        return method
 
-    def _is_kept(self, prefix: str, merged: Mapping[str, list[str]]) -> bool:
-        """Whether a linear layer, of several of the checkpoint's perhaps, is stored in FP8."""
-        assert self.quantization.outside_experts
+    def _stored_linears(self, prefix: str, merged: Mapping[str, list[str]]) -> set[str]:
+        """The checkpoint's names of a linear layer: of several, where vLLM has them in one."""
         module, _, name = prefix.rpartition(".")
         parts = {**MERGED, **merged}.get(name, (name,))
         served = (f"{module}.{part}" for part in parts)
-        names = {self._served_names.get(part, part) for part in served}
+        return {self._served_names.get(part, part) for part in served}
+
+    def _is_kept(self, prefix: str, names: set[str]) -> bool:
+        """Whether a linear layer is stored in FP8."""
+        assert self.quantization.outside_experts
         kept = names.intersection(self.quantization.outside_experts.modules)
         if kept and kept != names:
             raise ServingError(

@@ -166,7 +166,7 @@ def _free_ports(number: int) -> list[int]:
 def _serve(job: Job) -> Result:
     from vllm import LLM, SamplingParams
 
-    _inspect_here(Path(job.model))
+    _inspect_here(_architectures(job))
     small = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 128}
     small |= {"kv_cache_memory_bytes": 64 * 2**20}
     small |= {"disable_log_stats": "speculative_config" not in job.arguments}
@@ -264,14 +264,26 @@ def _provide_torchvision() -> None:
         torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
 
 
-def _inspect_here(model: Path) -> None:
-    """Let vLLM look at the model class in this process: by default it starts one just for that."""
+def _architectures(job: Job) -> list[str]:
+    """The model of a job, and what drafts for it where that is its own layer."""
+    from vllm.config import SpeculativeConfig
+    from vllm.transformers_utils.config import get_config
+
+    names = json.loads((Path(job.model) / "config.json").read_text())["architectures"]
+    if job.arguments.get("speculative_config", {}).get("method") == "mtp":
+        config = get_config(job.model, trust_remote_code=False)
+        names += SpeculativeConfig.hf_config_override(config).architectures
+    return list(names)
+
+
+def _inspect_here(architectures: list[str]) -> None:
+    """Let vLLM look at model classes in this process: by default it starts one just for that."""
     from vllm.model_executor.models.registry import _VLLM_MODELS, ModelRegistry
 
-    (architecture,) = json.loads((model / "config.json").read_text())["architectures"]
-    module, name = _VLLM_MODELS[architecture]
-    found = importlib.import_module(module if "." in module else f"{_MODELS}.{module}")
-    ModelRegistry.register_model(architecture, getattr(found, name))
+    for architecture in architectures:
+        module, name = _VLLM_MODELS[architecture]
+        found = importlib.import_module(module if "." in module else f"{_MODELS}.{module}")
+        ModelRegistry.register_model(architecture, getattr(found, name))
     # Where numba is imported, as Kimi-K2.5's pictures ask for, vLLM's CPU workers fail: they look
     # into every object of every module, and this one's takes `__dict__` for a C function.
     sys.modules.pop("llvmlite.binding.ffi", None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import camera_serve.hf  # noqa: F401
 from camera_serve.hf.__main__ import main
@@ -55,6 +55,19 @@ def test_the_card_s_command_loads_the_model_in_a_program_of_that_name(
     with torch.no_grad():
         expected = model(torch.tensor([TOKENS])).logits.sum().item()
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_5_moe", "qwen3_vl_moe"])
+def test_the_card_names_that_command_where_the_class_that_it_uses_loads_the_model(
+    family: str, tmp_path: Path
+) -> None:
+    dense = tiny_models.save(family, tmp_path / "dense")
+    quantized.compress(dense, tmp_path / "out", "16:0.5,0:0.5")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    loads = type(config) in AutoModelForCausalLM._model_mapping
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("lm_eval --model hf" in card) == ("in vLLM or in transformers:" in card) == loads
+    assert "    lm_eval --model vllm --model_args pretrained=$MODEL --tasks wikitext\n" in card
 
 
 def test_a_program_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,20 @@
 """Published config.json's of every family: read without their own code, other settings refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import LibraryError, UnsupportedModelError
 from camera_serve.models import describe, families
+from camera_serve.models.building import build_on_meta
 from camera_serve.models.families import FAMILIES, is_new_enough, require_transformers
+from camera_serve.models.registration import register_models
 from tests import pruning, quantized, tiny_models
 from tests.editing import edit_config
 
@@ -22,6 +26,46 @@ def test_an_activation_other_than_silu_is_refused_by_name(family: str) -> None:
     config.get_text_config().hidden_act = "gelu"
     with pytest.raises(UnsupportedModelError, match=f"{family} with hidden_act = 'gelu' is not"):
         describe(config)
+
+
+# Where vLLM's model has the bias as well; of the others it leaves it out.
+SERVED_WITH_BIASES = {
+    ("qwen2_moe", "qkv_bias"),
+    ("phimoe", "attention_bias"),
+    ("phimoe", "lm_head_bias"),
+    ("glm4_moe", "attention_bias"),
+    ("mimo_v2_flash", "attention_bias"),
+}
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_a_bias_that_vllm_would_leave_out_is_refused_by_name(family: str) -> None:
+    register_models()
+    for key in _switches(_config(family)):
+        config = _config(family)
+        text = config.get_text_config()
+        before = _biases(config)
+        setattr(text, key, not getattr(text, key))
+        if _biases(config) <= before or (family, key) in SERVED_WITH_BIASES:
+            continue
+        with pytest.raises(UnsupportedModelError, match=f"with {key} = True is not understood"):
+            describe(config)
+
+
+def _config(family: str) -> Any:
+    config = AutoConfig.for_model(family, **tiny_models.settings(family))
+    config.model_type = family
+    return config
+
+
+def _switches(config: Any) -> list[str]:
+    settings = config.get_text_config().to_dict().items()
+    return [key for key, value in settings if isinstance(value, bool) and "bias" in key]
+
+
+def _biases(config: Any) -> set[str]:
+    names = build_on_meta(config).state_dict()
+    return {name for name in names if name.endswith(".bias")}
 
 
 def test_a_transformers_that_is_too_old_for_a_family_is_named(
@@ -109,6 +153,23 @@ def test_a_draft_layer_is_carried_over_bit_by_bit(family: str, tmp_path: Path) -
     assert found == draft.keys()
     for name, tensor in draft.items():
         assert written.get(name).equal(tensor)
+
+
+def test_what_transformers_saves_gives_what_the_published_checkpoint_gives(tmp_path: Path) -> None:
+    dense = tiny_models.save("kimi_k25", tmp_path / "dense")
+    model = tiny_models.load(dense, dtype="auto")
+    model.save_pretrained(tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    assert "language_model.model.blocks.0.input_layernorm.weight" in stored
+    shutil.copytree(dense, tmp_path / "again")
+    shutil.copy(tmp_path / "saved" / "model.safetensors", tmp_path / "again")
+    outputs = []
+    for name in ("dense", "again"):
+        quantized.compress(tmp_path / name, tmp_path / f"{name}-out", "3:0.5,0:0.5")
+        files = sorted((tmp_path / f"{name}-out").glob("*.safetensors"))
+        outputs.append({n: t for file in files for n, t in load_file(file).items()})
+    assert outputs[0].keys() == outputs[1].keys()
+    assert all(tensor.equal(outputs[1][name]) for name, tensor in outputs[0].items())
 
 
 def test_parts_that_see_are_carried_over_under_their_names(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def config_of(model_type: str) -> Any:
 
 
 def another(value: Any) -> Any:
-    """A value of the same kind that is not this one."""
+    """A value of the same kind that is not this one, or a number where there is none."""
     match value:
         case bool():
             return not value
@@ -45,6 +45,8 @@ def another(value: Any) -> Any:
             return value + 1
         case list():
             return [*value, 1]
+        case None:
+            return 2.0
         case _:
             return f"not {value}"
 
