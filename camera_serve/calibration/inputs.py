@@ -25,9 +25,16 @@ class RoutedInputs:
     def batches(
         self, expert: int, tokens_at_once: int, device: torch.device
     ) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-        """One expert's inputs and routing weights, float32, some tokens at a time.
+        """One expert's inputs and routing weights, float32, some tokens at a time."""
+        for x, weights in self.parts(expert, tokens_at_once, device):
+            yield x.float(), weights.float()
 
-        A shared expert sees all of them, so they are not made at once.
+    def parts(
+        self, expert: int, tokens_at_once: int, device: torch.device
+    ) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
+        """As `batches`, in the dtypes of the run.
+
+        A shared expert sees all tokens, so they are not made at once.
         """
         pairs = zip(
             self.tokens[expert].split(tokens_at_once),
@@ -35,7 +42,7 @@ class RoutedInputs:
             strict=True,
         )
         for tokens, weights in pairs:
-            yield self.x[tokens].to(device, torch.float32), weights.to(device, torch.float32)
+            yield self.x[tokens].to(device), weights.to(device)
 
     def of(self, expert: int) -> "RoutedInputs":
         """Those of one expert alone, which is number 0 of them."""

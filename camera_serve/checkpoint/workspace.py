@@ -112,6 +112,11 @@ class Workspace:
         """The next layer to survey and its input; (0, None) when nothing is committed."""
         return _next_layer(self._surveyed)
 
+    @property
+    def layers_surveyed(self) -> int:
+        """How many layers are surveyed, from the first on."""
+        return _layer_entered(self._surveyed) if self._surveyed.exists() else 0
+
     def survey(self, layer: int) -> dict[str, torch.Tensor]:
         """What the survey has found in a layer."""
         return load_file(self._survey(layer))
@@ -150,12 +155,18 @@ def _enter(file: Path, layer: int, hidden: torch.Tensor) -> None:
     write_shard(file, {"hidden": hidden}, {"next_layer": str(layer)})
 
 
+def _layer_entered(file: Path) -> int:
+    """The layer that the activations in a file enter."""
+    with safe_open(file, framework="pt") as handle:
+        return int(handle.metadata()["next_layer"])
+
+
 def _next_layer(file: Path) -> tuple[int, torch.Tensor | None]:
     if not file.exists():
         return 0, None
     with safe_open(file, framework="pt") as handle:
         # A copy: the file's pages would be held, in memory and on the disk, while it is used.
-        return int(handle.metadata()["next_layer"]), handle.get_tensor("hidden").clone()
+        return _layer_entered(file), handle.get_tensor("hidden").clone()
 
 
 def working_folder(output: Path) -> Path:

@@ -18,8 +18,11 @@ from camera_serve.compression.refit import Refitted, refit_experts
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.ragged.layer import RaggedTier
 from camera_serve.ranking.layer import measure, record
-from camera_serve.ranking.selection import Selection, select, select_rows
+from camera_serve.ranking.selection import Selection, chosen_anew, select, select_rows
 from camera_serve.recipe import Recipe
+
+Fit = Callable[[RaggedTier[torch.Tensor], list[torch.Tensor]], Refitted]
+"""Experts and which of their micro-experts are to stay -> those that do, and their down vectors."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,12 @@ class CompressedLayer:
 class _Kept:
     """The kept micro-experts of a layer's routed experts, or of its shared ones.
 
-    rows: their weights in the dtype of the run; indices[e]: their numbers in expert e; counts[e]:
-    how many in each stored tier; prefix(e, projection): where the checkpoint has them; fitted: what
-    their down vectors have become.
+    rows: their weights in the dtype of the run; counts[e]: how many in each stored tier;
+    prefix(e, projection): where the checkpoint has them; fitted: which they are, and what their
+    down vectors have become.
     """
 
     rows: RaggedTier[torch.Tensor]
-    indices: list[torch.Tensor]
     counts: tuple[tuple[int, ...], ...]
     prefix: Callable[[int, Projection], str]
     fitted: Refitted
@@ -69,16 +71,22 @@ def compress_layer(
 
     hidden: `[samples, seq_len, d_model]`, the layer's input, and afterwards what the compressed
     layer is to be run on (`measure`). The experts of `loaded` are used up: what is kept of them,
-    dequantized where it was packed, lies in their storage afterwards. selection: what a survey of
-    the model has decided; None: what the layer's own energies say.
+    dequantized where it was packed, lies in their storage afterwards. selection: how many of each
+    expert a survey of the model keeps; which is for these tokens to say, where they are asked.
+    None: what the layer's own energies say.
     """
     assert loaded.experts is not None
     inputs: RoutedInputs | None
-    if selection is None:
+    if selection is None or recipe.packed:
         recorder = InputRecorder() if recipe.packed or recipe.refit else None
-        energies = measure(stream, layer, loaded, hidden, recipe.alpha, recorder)
-        assert recipe.plan
-        selection, tokens = select(energies, recipe.plan, recipe.align), energies.tokens
+        alpha = recipe.alpha if selection is None else 0.0
+        energies = measure(stream, layer, loaded, hidden, alpha, recorder)
+        tokens = energies.tokens
+        if selection is None:
+            assert recipe.plan
+            selection = select(energies, recipe.plan, recipe.align)
+        else:
+            selection = chosen_anew(energies, selection)
         inputs = recorder.routed(stream.structure.num_experts) if recorder else None
     else:
         inputs = record(stream, layer, loaded, hidden)
@@ -86,9 +94,9 @@ def compress_layer(
     of_shared = None
     if inputs and loaded.shared is not None:
         of_shared = inputs_of_shared(inputs, loaded.shared_gate)
-    fit_to = (inputs, of_shared) if recipe.refit else (None, None)
-    routed = _kept_routed(stream, layer, loaded.experts, selection, fit_to[0])
-    shared = _kept_shared(stream, layer, loaded.shared, selection, fit_to[1])
+    fit, fit_shared = (_fitting(own, recipe, stream.device) for own in (inputs, of_shared))
+    routed = _kept_routed(stream, layer, loaded.experts, selection, fit)
+    shared = _kept_shared(stream, layer, loaded.shared, selection, fit_shared)
     tensors: dict[str, torch.Tensor] = {}
     rounded: tuple[int, ...] = ()
     for kept in (routed, shared) if shared else (routed,):
@@ -113,17 +121,16 @@ def _kept_routed(
     layer: int,
     experts: RaggedTier[torch.Tensor],
     selection: Selection,
-    inputs: RoutedInputs | None,
+    fit: Fit,
 ) -> _Kept:
     """The kept rows, moved to the front of `experts`: a copy would hold a large layer twice.
 
-    No expert moves back, so none is overwritten before it is read. inputs: to fit their down
-    vectors to; None: they stay.
+    No expert moves back, so none is overwritten before it is read.
     """
-    fitted = _fitted(experts, selection.experts, inputs, stream.device)
-    offsets = (0, *accumulate(len(rows) for rows in selection.experts))
+    fitted = fit(experts, selection.experts)
+    offsets = (0, *accumulate(len(rows) for rows in fitted.kept))
     matrices = (experts.gate, experts.up, experts.down)
-    for expert, indices in enumerate(selection.experts):
+    for expert, indices in enumerate(fitted.kept):
         old, new = experts.rows(expert), slice(offsets[expert], offsets[expert + 1])
         gate, up, down = (matrix[old] for matrix in matrices)
         own = select_rows(RaggedTier(gate, up, down, (0, len(gate))), [indices], stream.device)
@@ -134,18 +141,16 @@ def _kept_routed(
     gate, up, down = (matrix[: offsets[-1]] for matrix in matrices)
     prefix = partial(stream.structure.expert_prefix, layer)
     kept = RaggedTier(gate, up, down, offsets)
-    return _Kept(kept, selection.experts, selection.layout.experts, prefix, fitted)
+    return _Kept(kept, selection.layout.experts, prefix, fitted)
 
 
-def _fitted(
-    experts: RaggedTier[torch.Tensor],
-    kept: list[torch.Tensor],
-    inputs: RoutedInputs | None,
-    device: torch.device,
-) -> Refitted:
-    if inputs is None:
-        return Refitted([None] * len(kept), ())
-    return refit_experts(experts, kept, inputs, device)
+def _fitting(inputs: RoutedInputs | None, recipe: Recipe, device: torch.device) -> Fit:
+    """How experts that were given `inputs` are fitted, if they are."""
+    if inputs is None or not recipe.refit:
+        return lambda experts, kept: Refitted(kept, [None] * len(kept), ())
+    # A survey says how many stay of each expert, and these tokens, which are more, say which.
+    choosing = recipe.eliminates
+    return partial(refit_experts, inputs=inputs, device=device, choosing=choosing)
 
 
 def _kept_shared(
@@ -153,19 +158,18 @@ def _kept_shared(
     layer: int,
     shared: Any,
     selection: Selection,
-    inputs: RoutedInputs | None,
+    fit: Fit,
 ) -> _Kept | None:
     if shared is None:
         return None
     gate, up, down = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight.T
     whole = RaggedTier(gate, up, down, (0, len(gate)))
-    fitted = _fitted(whole, selection.shared, inputs, stream.device)
-    rows = select_rows(whole, selection.shared, stream.device)
+    fitted = fit(whole, selection.shared)
+    rows = select_rows(whole, fitted.kept, stream.device)
     if fitted.down[0] is not None:
         rows = replace(rows, down=fitted.down[0].to(rows.down))
     return _Kept(
         rows,
-        selection.shared,
         selection.layout.shared,
         lambda _, projection: stream.structure.shared_prefix(layer, projection),
         fitted,
@@ -187,7 +191,7 @@ def _plain_tensors(
     if bits[0] != 16:
         return {}
     tensors = {}
-    for expert, (indices, counts) in enumerate(zip(kept.indices, kept.counts, strict=True)):
+    for expert, (indices, counts) in enumerate(zip(kept.fitted.kept, kept.counts, strict=True)):
         for projection in PROJECTIONS if counts[0] else ():
             name = f"{kept.prefix(expert, projection)}.weight"
             dim, down = int(projection == "down"), kept.fitted.down[expert]

@@ -1,6 +1,7 @@
 """compress(): Algorithm 2, layer by layer, each on the outputs of those compressed before it."""
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,9 +55,8 @@ from camera_serve.compression.sizing import (
 from camera_serve.errors import DamagedWeightsError, OutputError
 from camera_serve.models.building import auto_class_name
 from camera_serve.progress import OnNote, OnProgress, Reporter
-from camera_serve.ranking.gram import WIDEST
 from camera_serve.ranking.selection import Selection
-from camera_serve.ranking.survey import LayerSurvey, survey_layer
+from camera_serve.ranking.survey import LayerSurvey, survey_layer, surveyed_share
 from camera_serve.recipe import Recipe, Settings
 from camera_serve.runtime import compute_dtype, pick_device, run_log
 
@@ -218,24 +218,32 @@ def _survey_layers(run: _Run, tokens: torch.Tensor, report: Reporter) -> dict[in
     """What is to be kept of each MoE layer, from a pass over the dense model."""
     if not run.recipe.surveys:
         return {}
+    structure = run.checkpoint.structure
+    if run.workspace.layers_surveyed < structure.num_layers:
+        share = surveyed_share(structure, run.recipe)
+        _run_survey(run, tokens[: math.ceil(share * len(tokens))], report)
+    surveys = [LayerSurvey.of(run.workspace.survey(layer)) for layer in structure.moe_layers]
+    return dict(zip(structure.moe_layers, _select(run, surveys), strict=True))
+
+
+def _run_survey(run: _Run, tokens: torch.Tensor, report: Reporter) -> None:
+    """Survey the layers that are still to be surveyed."""
     start, hidden = run.workspace.survey_point()
     hidden = run.stream.embed(tokens) if hidden is None else hidden
     report("survey", start)
     layers = range(start, run.checkpoint.structure.num_layers)
+    removing = run.recipe.eliminates
     with run.stream.loading(layers) as load:
         for layer in layers:
             loaded, found = load(), {}
             if loaded.experts is None:
                 hidden = run.stream.run(layer, loaded, hidden)
             else:
-                widest = WIDEST if run.recipe.eliminates else 0
-                found = survey_layer(run.stream, layer, loaded, hidden, widest).tensors()
+                survey = survey_layer(run.stream, layer, loaded, hidden, removing=removing)
+                found = survey.tensors()
             del loaded
             run.workspace.commit_survey(layer, found, hidden)
             report("survey", layer + 1)
-    moe_layers = run.checkpoint.structure.moe_layers
-    surveys = [LayerSurvey.of(run.workspace.survey(layer)) for layer in moe_layers]
-    return dict(zip(moe_layers, _select(run, surveys), strict=True))
 
 
 def _select(run: _Run, surveys: list[LayerSurvey]) -> list[Selection]:

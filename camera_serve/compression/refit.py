@@ -14,25 +14,20 @@ import torch
 
 from camera_serve.calibration.inputs import RoutedInputs
 from camera_serve.ragged.layer import RaggedTier
-from camera_serve.ranking.gram import (
-    MIN_TOKENS,
-    TOKENS_AT_ONCE,
-    WIDEST,
-    GateUp,
-    gram_of,
-    phi_of,
-    ridge_solve,
-)
+from camera_serve.ragged.layout import rank
+from camera_serve.ranking.elimination import eliminate
+from camera_serve.ranking.gram import MIN_TOKENS, WIDEST, gain_of, gram_of, shares_of
 
 
 @dataclass(frozen=True)
 class Refitted:
-    """New down vectors of each expert's kept micro-experts, float32 `[num_kept, d_model]`.
+    """New down vectors of each expert's kept micro-experts, `[num_kept, d_model]`.
 
-    None for an expert that is left as it is; `refused`: experts whose held back tokens, or whose
-    dtype, the new ones did not suit.
+    kept: int64 indices into each expert, by falling energy; down: None for an expert that is left
+    as it is; refused: experts whose held back tokens, or whose dtype, the new ones did not suit.
     """
 
+    kept: list[torch.Tensor]
     down: list[torch.Tensor | None]
     refused: tuple[int, ...]
 
@@ -42,14 +37,17 @@ def refit_experts(
     kept: Sequence[torch.Tensor],
     inputs: RoutedInputs,
     device: torch.device,
+    *,
+    choosing: bool = False,
 ) -> Refitted:
     """Fit the kept micro-experts of each expert to what all of them gave.
 
-    experts: all 16-bit rows; kept[e]: int64 indices into expert e; inputs: what each was given.
+    experts: all 16-bit rows; kept[e]: int64 indices into expert e; inputs: what each was given;
+    choosing: as many as `kept` has, but those of them that elimination leaves on these tokens.
     """
     fitting, held = inputs.split()
     found: list[torch.Tensor | None] = []
-    refused = []
+    chosen, refused = list(kept), []
     for expert, indices in enumerate(kept):
         span = experts.rows(expert)
         width, num_tokens = span.stop - span.start, len(fitting.tokens[expert])
@@ -57,50 +55,45 @@ def refit_experts(
             found.append(None)
             continue
         gate, up, down = (
-            matrix[span].to(device, torch.float32)
-            for matrix in (experts.gate, experts.up, experts.down)
+            matrix[span].to(device) for matrix in (experts.gate, experts.up, experts.down)
         )
-        own, rows = (gate, up), indices.to(device)
-        fitted = refit_down(gram_of(own, fitting, expert, device), down, rows)
-        if fitted is not None:
-            fitted = fitted.to(experts.down.dtype).float()
-            before, after = _errors(own, down, rows, (down[rows], fitted), held, expert)
-            if not (fitted.isfinite().all() and after <= before):
-                fitted = None
-                refused.append(expert)
+        fit, judge = (gram_of((gate, up), part, expert, device) for part in (fitting, held))
+        if choosing:
+            chosen[expert] = _last_out(fit + judge, down, len(indices)).cpu()
+        fitted, gain = refit_down(fit, judge, down, chosen[expert].to(device))
+        # NaN is no gain.
+        if fitted is not None and not (gain >= 0 and fitted.isfinite().all()):
+            fitted = None
+            refused.append(expert)
         found.append(fitted)
-    return Refitted(found, tuple(refused))
+    return Refitted(chosen, found, tuple(refused))
 
 
-def refit_down(gram: torch.Tensor, down: torch.Tensor, kept: torch.Tensor) -> torch.Tensor | None:
+def _last_out(gram: torch.Tensor, down: torch.Tensor, width: int) -> torch.Tensor:
+    """The micro-experts of one expert that elimination leaves, by falling energy."""
+    stay = eliminate(gram[None], down[None]).order[0][-width:].sort().values
+    norms = torch.linalg.vector_norm(down[stay], dim=1, dtype=torch.float64)
+    return stay[rank(gram.diagonal()[stay] * norms.square())]
+
+
+def refit_down(
+    gram: torch.Tensor, judge: torch.Tensor, down: torch.Tensor, kept: torch.Tensor
+) -> tuple[torch.Tensor | None, float]:
     """Down vectors of the kept micro-experts that make up for the removed ones.
 
-    gram: float64 `[d_ff, d_ff]`, Σ φφᵀ of one expert; down: `[d_ff, d_model]`; kept: int64 indices.
-    Returns float64 `[num_kept, d_model]`; None where nothing can be fitted: nothing is kept or
-    removed, or no kept micro-expert did anything.
+    gram, judge: `[d_ff, d_ff]`, Σ φφᵀ of one expert over the tokens to fit to and over those held
+    back; down: `[d_ff, d_model]`; kept: int64 indices. Returns `[num_kept, d_model]`, and by how
+    much the error on the tokens held back falls; None where nothing can be fitted: nothing is kept
+    or removed, or no kept micro-expert did anything.
     """
-    removed = torch.ones(len(down), dtype=torch.bool, device=down.device)
-    removed[kept] = False
-    if not removed.any():
-        return None
-    wanted = gram[kept][:, removed] @ down[removed].double()
-    change = ridge_solve(gram[kept][:, kept], wanted)
-    return None if change is None else down[kept].double() + change
-
-
-def _errors(
-    gate_up: GateUp,
-    down: torch.Tensor,
-    kept: torch.Tensor,
-    candidates: tuple[torch.Tensor, ...],
-    inputs: RoutedInputs,
-    expert: int,
-) -> list[float]:
-    """‖φ_K W - φ down‖² of each candidate W over an expert's tokens."""
-    errors = [0.0] * len(candidates)
-    for x, weights in inputs.batches(expert, TOKENS_AT_ONCE, down.device):
-        phi = phi_of(gate_up, x, weights)
-        wanted, own = phi @ down, phi[:, kept]
-        for number, candidate in enumerate(candidates):
-            errors[number] += float((own @ candidate - wanted).square().sum(dtype=torch.float64))
-    return errors
+    others = torch.ones(len(down), dtype=torch.bool, device=down.device)
+    others[kept] = False
+    removed = others.nonzero().squeeze(1)
+    own = gram[kept]
+    shares = shares_of(own[:, kept], own[:, removed]) if len(removed) else None
+    if shares is None:
+        return None, 0.0
+    gone, judged = down[removed], judge[kept]
+    gain = gain_of(shares, judged[:, kept], judged[:, removed], gone)
+    fitted = down[kept].to(shares) + shares @ gone.to(shares)
+    return fitted.to(down.dtype), gain

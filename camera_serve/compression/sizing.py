@@ -22,6 +22,7 @@ from camera_serve.ragged.layout import check_alignment, tier_totals
 from camera_serve.ragged.packing import words_per_row
 from camera_serve.ranking.energy import ROWS_AT_ONCE
 from camera_serve.ranking.gram import WIDEST
+from camera_serve.ranking.survey import surveyed_share
 from camera_serve.recipe import Recipe, Settings, TierPlan
 from camera_serve.runtime import compute_dtype
 
@@ -263,15 +264,16 @@ def _decoding_bytes(checkpoint: Checkpoint) -> int:
 
 
 def _gram_bytes(structure: MoeStructure, recipe: Recipe) -> int:
-    """Float64 matrices of the widest expert that has a Gram matrix, while it is taken apart."""
-    widths = [d_ff for d_ff in (structure.d_ff, structure.shared_d_ff) if d_ff <= WIDEST]
-    if not _has_grams(recipe) or not widths:
+    """Matrices of the widest expert that has a Gram matrix, while it is taken apart or refitted.
+
+    Beside them lie the float32 ones of all of a layer's experts while they are surveyed.
+    """
+    kinds = ((structure.num_experts, structure.d_ff), (1, structure.shared_d_ff))
+    squares = [(number, d_ff**2) for number, d_ff in kinds if 0 < d_ff <= WIDEST]
+    if not squares or not (recipe.refit or recipe.eliminates):
         return 0
-    return GRAMS * 8 * max(widths) ** 2
-
-
-def _has_grams(recipe: Recipe) -> bool:
-    return recipe.refit or recipe.eliminates
+    each = GRAMS * 8 * max(square for _, square in squares)
+    return each + recipe.eliminates * 4 * sum(number * square for number, square in squares)
 
 
 def _batch_bytes(structure: MoeStructure, recipe: Recipe) -> int:
@@ -322,9 +324,9 @@ def _flops(checkpoint: Checkpoint, recipe: Recipe) -> float:
     per_token = attention + 2 * routed * structure.d_model * (2 + 3 * kept)
     gram = 2 * (structure.top_k * structure.d_ff**2 + structure.shared_d_ff**2)
     if recipe.surveys:
-        per_token += attention + 6 * routed * structure.d_model
-    if recipe.eliminates:
-        per_token += gram
+        # The dense model once, on a part of the tokens, and its Gram matrices where some go.
+        dense = attention + 6 * routed * structure.d_model + recipe.eliminates * gram
+        per_token += surveyed_share(structure, recipe) * dense
     if recipe.refit:
         per_token += gram
     return recipe.calibration.num_tokens * per_token * structure.num_layers

@@ -118,7 +118,7 @@ def _layer_energies(
     """A layer's energies, None where it is dense, and its output."""
     if loaded.experts is None:
         return None, stream.run(layer, loaded, hidden)
-    return run_measured(stream, layer, loaded, hidden, alpha), hidden
+    return run_measured(stream, layer, loaded, hidden, alpha).energies, hidden
 
 
 def _summary(name: str, energies: LayerEnergies) -> LayerSummary:

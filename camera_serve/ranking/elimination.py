@@ -17,6 +17,9 @@ RIDGE = 1e-3
 AT_ONCE = 32
 """An expert is taken apart in this many steps; one micro-expert a step is hardly better."""
 
+STEPS_AT_ONCE = 4
+"""After so many steps the matrices are made smaller: that costs as much as a step."""
+
 
 class Elimination(NamedTuple):
     """The order in which micro-experts of some experts are taken out, and what that costs.
@@ -32,49 +35,58 @@ class Elimination(NamedTuple):
 def eliminate(gram: torch.Tensor, down: torch.Tensor) -> Elimination:
     """Take all micro-experts out of some experts of one width.
 
-    gram: float64 `[num_experts, d_ff, d_ff]`, Σ φφᵀ of each expert; down: `[num_experts, d_ff,
-    d_model]`. An expert that saw no token costs nothing, and goes by falling weight from the end.
+    gram: `[num_experts, d_ff, d_ff]`, Σ φφᵀ of each expert; down: `[num_experts, d_ff, d_model]`.
+    An expert that saw no token costs nothing, and goes by falling weight from the end.
     """
-    num_experts, d_ff, _ = down.shape
-    diagonal = gram.diagonal(dim1=1, dim2=2).mean(1)
+    each = [_eliminate(own, vectors) for own, vectors in zip(gram, down, strict=True)]
+    order, costs = zip(*each, strict=True)
+    return Elimination(torch.stack(order), torch.stack(costs))
+
+
+def _eliminate(gram: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order and costs of one expert.
+
+    Each φ is scaled to Σφ² = 1, and w the other way: no micro-expert is then too large or too small
+    beside another for float32.
+    """
+    squares = gram.diagonal().double()
     # Nothing seen: any ridge gives the order of the norms.
-    seen = diagonal > 0
-    ridge = torch.where(seen, RIDGE * diagonal, 1.0)
-    eye = torch.eye(d_ff, dtype=torch.float64, device=gram.device)
-    inverse = torch.linalg.inv(gram + ridge[:, None, None] * eye)
-    weights = down.double()
-    products = weights @ weights.mT
-    left = torch.arange(d_ff, device=gram.device).repeat(num_experts, 1)
+    seen = squares.mean() > 0
+    squares = squares + torch.where(seen, RIDGE * squares.mean(), 1.0)
+    sizes = squares.sqrt().to(gram)
+    whole = gram / sizes / sizes[:, None]
+    whole.diagonal().fill_(1)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(whole))
+    products = (down @ down.T).to(gram) * sizes * sizes[:, None]
+    left = torch.arange(len(gram), device=gram.device)
     order, costs = [], []
-    step = -(-d_ff // AT_ONCE)
-    while left.shape[1]:
-        each = products.diagonal(dim1=1, dim2=2) / inverse.diagonal(dim1=1, dim2=2)
-        cheapest = each.sort(dim=1, stable=True)
-        gone, stay = cheapest.indices[:, :step], cheapest.indices[:, step:].sort(dim=1).values
-        order.append(left.gather(1, gone))
-        costs.append(cheapest.values[:, :step])
-        products, inverse = _without(products, inverse, gone, stay)
-        left = left.gather(1, stay)
-    rising = torch.cat(costs, dim=1).clamp(min=0).cummax(dim=1).values
-    return Elimination(torch.cat(order, dim=1), rising * seen[:, None])
+    while len(left):
+        there = torch.ones_like(left, dtype=torch.bool)
+        for _ in range(STEPS_AT_ONCE):
+            ratio = products.diagonal() / inverse.diagonal()
+            cheapest = ratio.masked_fill(~there, torch.inf).sort(stable=True)
+            gone = cheapest.indices[: min(-(-len(gram) // AT_ONCE), len(left))]
+            gone = gone[there[gone]]
+            order.append(left[gone])
+            costs.append(ratio[gone])
+            there[gone] = False
+            _take_out(products, inverse, gone)
+        stay = there.nonzero().squeeze(1)
+        products, inverse = (matrix[stay][:, stay] for matrix in (products, inverse))
+        left = left[stay]
+    rising = torch.cat(costs).double().clamp(min=0).cummax(dim=0).values
+    return torch.cat(order), rising * seen
 
 
-def _without(
-    products: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor, stay: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """WWᵀ and H⁻¹ of the micro-experts that stay, which have taken over the work of the others.
+def _take_out(products: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> None:
+    """Let the others take over the work of `gone`, whose rows and columns become 0.
 
-    products, inverse: `[num_experts, n, n]`; gone, stay: int64 `[num_experts, k]` and `[n - k]`.
+    products, inverse: WWᵀ and H⁻¹, `[n, n]`, changed in place; gone: int64 `[k]`.
     """
-    rest = _block(inverse, gone, stay)
-    taken = torch.linalg.solve(_block(inverse, gone, gone), rest)
-    across = _block(products, stay, gone) @ taken
-    kept = _block(products, stay, stay) - across - across.mT
-    kept += taken.mT @ _block(products, gone, gone) @ taken
-    return kept, _block(inverse, stay, stay) - rest.mT @ taken
-
-
-def _block(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """`matrix[e][rows[e]][:, columns[e]]` of each expert."""
-    wide = matrix.gather(1, rows[:, :, None].expand(-1, -1, matrix.shape[2]))
-    return wide.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
+    rest = inverse[gone]
+    taken = torch.linalg.solve(rest[:, gone], rest)
+    inverse.addmm_(rest.T, taken, alpha=-1)
+    # With half of what is between the gone on either side, one product takes all three terms.
+    across = products[gone]
+    across = across - across[:, gone] @ taken / 2
+    products.addmm_(torch.cat([taken, across]).T, torch.cat([across, taken]), alpha=-1)

@@ -1,7 +1,7 @@
 """Coefficients and decoding-time energies of micro-experts (Eq. 4 and 11, Algorithm 1)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,13 +29,15 @@ def coefficients(
 class CoefficientSums:
     """Σφ² and max φ² of some experts' micro-experts over the tokens seen so far.
 
-    square_sum, square_max: float64 `[num_micro_experts]`; tokens: int64 `[num_experts]`. Float64
+    square_sum, square_max: float64 `[num_micro_experts]`; tokens: int64 `[num_experts]`; grams:
+    Σφφᵀ of each expert, float32 `[num_experts, d_ff, d_ff]`, where they are wanted. Float64
     because ranks at the cut differ by less than bf16 resolves.
     """
 
     square_sum: torch.Tensor
     square_max: torch.Tensor
     tokens: torch.Tensor
+    grams: torch.Tensor | None = None
 
     @classmethod
     def zeros(
@@ -48,6 +50,16 @@ class CoefficientSums:
             torch.zeros(num_experts, dtype=torch.int64, device=device),
         )
 
+    @property
+    def width(self) -> int:
+        """d_ff of the experts, which all have the same."""
+        return len(self.square_sum) // len(self.tokens)
+
+    def with_grams(self) -> "CoefficientSums":
+        """The same, and Gram matrices."""
+        shape = (len(self.tokens), self.width, self.width)
+        return replace(self, grams=torch.zeros(shape, device=self.square_sum.device))
+
     def add(self, expert: int, rows: slice, phi: torch.Tensor) -> None:
         """Count the tokens of one expert: phi `[num_tokens, d_ff_e]` for micro-experts `rows`."""
         squares = phi.square()
@@ -56,6 +68,8 @@ class CoefficientSums:
             peak = squares.amax(0).double()
             self.square_max[rows] = torch.maximum(self.square_max[rows], peak)
         self.tokens[expert] += len(phi)
+        if self.grams is not None:
+            self.grams[expert].addmm_(phi.T, phi)
 
     def energies(self, down: torch.Tensor, alpha: float) -> torch.Tensor:
         """Eq. 11: `[(1-α)·Σφ² + α·max φ²] · ‖w_down‖²`.

@@ -1,6 +1,7 @@
 """Gram matrices of coefficients: what micro-experts of one expert do together."""
 
 import torch
+from torch.nn import functional
 
 from camera_serve.calibration.inputs import RoutedInputs
 from camera_serve.ranking.energy import coefficients
@@ -22,19 +23,41 @@ GateUp = tuple[torch.Tensor, torch.Tensor]
 def gram_of(
     gate_up: GateUp, inputs: RoutedInputs, expert: int, device: torch.device
 ) -> torch.Tensor:
-    """G = Σ φφᵀ over an expert's tokens, float64 `[d_ff, d_ff]`; gate, up: `[d_ff, d_model]`."""
+    """G = Σ φφᵀ over an expert's tokens, float32 `[d_ff, d_ff]`; gate, up: `[d_ff, d_model]`."""
     width = len(gate_up[0])
-    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
-    for x, weights in inputs.batches(expert, TOKENS_AT_ONCE, device):
+    gram = torch.zeros(width, width, device=device)
+    for x, weights in inputs.parts(expert, TOKENS_AT_ONCE, device):
         phi = phi_of(gate_up, x, weights)
-        gram += phi.T @ phi
+        gram.addmm_(phi.T, phi)
     return gram
 
 
 def phi_of(gate_up: GateUp, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Eq. 4 for one expert, float32 `[num_tokens, d_ff]`."""
+    """Eq. 4 for one expert, float32 `[num_tokens, d_ff]`; products are in the dtype of gate, up."""
     gate, up = gate_up
-    return coefficients(x @ gate.T, x @ up.T, weights)
+    x = x.to(gate.dtype)
+    return coefficients(functional.linear(x, gate), functional.linear(x, up), weights)
+
+
+def shares_of(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor | None:
+    """How φ are best made up of others φ̂, with a ridge: X of (Σ φ̂φ̂ᵀ + λI) X = Σ φ̂φᵀ.
+
+    gram: `[n, n]`; cross: `[n, m]`. Solved in float64. Returns `[n, m]`; None where the Gram matrix
+    is empty, zero or none.
+    """
+    found = ridge_solve(gram.double(), cross.double())
+    return None if found is None else found.to(gram.dtype)
+
+
+def gain_of(
+    shares: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, down: torch.Tensor
+) -> float:
+    """By how much ‖φ̂ ΔW - φ W‖² is less for ΔW = X W than for none; NaN where it is no number.
+
+    shares: X; gram, cross: Σ φ̂φ̂ᵀ and Σ φ̂φᵀ over the tokens that judge; down: W, `[m, d_model]`.
+    """
+    less = shares.T @ (2 * cross - gram @ shares)
+    return float((less * (down @ down.T)).sum(dtype=torch.float64))
 
 
 def ridge_solve(gram: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """Running the calibration tokens through one loaded MoE layer: its energies, and its inputs."""
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,18 @@ from camera_serve.ranking.energy import (
 from camera_serve.ranking.selection import LayerEnergies
 
 logger = logging.getLogger(__name__)
+
+
+class Measured(NamedTuple):
+    """What `run_measured` finds in a layer.
+
+    scale: what the block multiplies its routed experts' output by; grams: Σφφᵀ of each of the
+    routed experts, then of the shared one, `[num_experts, d_ff, d_ff]`; None where not wanted.
+    """
+
+    energies: LayerEnergies
+    scale: float
+    grams: tuple[torch.Tensor | None, ...]
 
 
 @torch.inference_mode()
@@ -45,8 +57,9 @@ def measure(
     if loaded.shared is not None:
         shared = SharedExpertMeter(loaded.shared, loaded.shared_gate)
     _run_up_to_experts(stream, layer, loaded, hidden, routed, shared)
-    sums = shared.sums if shared else None
-    return _energies(stream, layer, loaded, routed.sums, sums, alpha)
+    sums = [routed.sums, shared.sums] if shared else [routed.sums]
+    scale = scale_of_routed(loaded, stream.structure.moe_prefix(layer))
+    return _energies(stream, layer, loaded, sums, alpha, scale)
 
 
 @torch.inference_mode()
@@ -88,39 +101,45 @@ def run_measured(
     loaded: StreamedLayer,
     hidden: torch.Tensor,
     alpha: float,
-    recorder: InputRecorder | None = None,
-) -> LayerEnergies:
+    widest_gram: int = 0,
+) -> Measured:
     """Run the calibration tokens through one MoE layer as it is; the energies of its experts.
 
     hidden: `[samples, seq_len, d_model]`, the layer's input, which its output takes the place of.
-    `recorder` keeps what the routed experts were given.
+    Experts of up to `widest_gram` micro-experts have their Gram matrices summed too.
     """
     assert loaded.experts is not None
     routed, shared = MeasuredExperts(loaded.experts, stream.device), None
-    if recorder:
-        routed.register_forward_pre_hook(recorder)
+    meters: list[RoutedExpertsMeter | SharedExpertMeter] = [routed.meter]
     if loaded.shared is not None:
         shared = MeasuredSharedExpert(loaded.shared, loaded.shared_gate)
+        meters.append(shared.meter)
+    for meter in meters:
+        if meter.sums.width <= widest_gram:
+            meter.sums = meter.sums.with_grams()
     with loaded.experts_replaced(routed, shared):
         stream.run(layer, loaded, hidden)
-    sums = shared.meter.sums if shared else None
-    return _energies(stream, layer, loaded, routed.meter.sums, sums, alpha)
+    scale = scale_of_routed(loaded, stream.structure.moe_prefix(layer))
+    sums = [meter.sums for meter in meters]
+    energies = _energies(stream, layer, loaded, sums, alpha, scale)
+    return Measured(energies, scale, tuple(own.grams for own in sums))
 
 
 def _energies(
     stream: ModelStream,
     layer: int,
     loaded: StreamedLayer,
-    routed: CoefficientSums,
-    shared: CoefficientSums | None,
+    sums: list[CoefficientSums],
     alpha: float,
+    scale: float,
 ) -> LayerEnergies:
+    """Of the sums of the routed experts, then of the shared one, if there is one."""
     assert loaded.experts is not None
-    scale = scale_of_routed(loaded, stream.structure.moe_prefix(layer))
+    routed, *shared = sums
     experts = scale**2 * routed.energies(loaded.experts.down, alpha).cpu()
     shared_energies = torch.empty(0, dtype=torch.float64)
-    if shared is not None:
-        shared_energies = shared.energies(loaded.shared.down_proj.weight.T, alpha).cpu()
+    if shared:
+        shared_energies = shared[0].energies(loaded.shared.down_proj.weight.T, alpha).cpu()
     _require_finite(torch.cat([experts, shared_energies]), stream, layer)
     return LayerEnergies(
         experts.view(stream.structure.num_experts, -1), shared_energies, routed.tokens.cpu()

@@ -70,10 +70,23 @@ def selection_of(
         experts=tuple(tuple(tiers[:stored]) for tiers in counts[:num_experts]),
         shared=tuple(tuple(tiers[:stored]) for tiers in counts[num_experts:]),
     )
+    share = _share_kept(per_expert, kept)
+    return Selection(bits, layout, kept[:num_experts], kept[num_experts:], share)
+
+
+def chosen_anew(energies: LayerEnergies, selection: Selection) -> Selection:
+    """As many micro-experts of each expert and tier as a selection has, by other energies."""
+    per_expert = energies.per_expert
+    before = [*selection.experts, *selection.shared]
+    kept = [rank(e)[: len(own)] for e, own in zip(per_expert, before, strict=True)]
+    number, share = len(selection.experts), _share_kept(per_expert, kept)
+    return Selection(selection.bits, selection.layout, kept[:number], kept[number:], share)
+
+
+def _share_kept(per_expert: list[torch.Tensor], kept: list[torch.Tensor]) -> float:
     kept_energy = sum(float(e[k].sum()) for e, k in zip(per_expert, kept, strict=True))
     total = sum(float(e.sum()) for e in per_expert)
-    share = kept_energy / total if total else 1.0
-    return Selection(bits, layout, kept[:num_experts], kept[num_experts:], share)
+    return kept_energy / total if total else 1.0
 
 
 def select_rows(

@@ -12,13 +12,32 @@ from dataclasses import dataclass
 
 import torch
 
-from camera_serve.calibration.inputs import InputRecorder, RoutedInputs, inputs_of_shared
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
-from camera_serve.ragged.layer import RaggedTier
+from camera_serve.models import MoeStructure
 from camera_serve.ranking.elimination import eliminate
-from camera_serve.ranking.gram import MIN_TOKENS, WIDEST, gram_of
-from camera_serve.ranking.layer import run_measured, scale_of_routed
+from camera_serve.ranking.gram import MIN_TOKENS, WIDEST
+from camera_serve.ranking.layer import run_measured
 from camera_serve.ranking.selection import LayerEnergies
+from camera_serve.recipe import Recipe
+
+SURVEYED_SHARE = 4
+"""One calibration window in so many is surveyed where what a survey finds is looked at again."""
+
+TOKENS_OF_AN_EXPERT = 256
+"""But as many windows as give each expert so many tokens on average, if there are."""
+
+
+def surveyed_share(structure: MoeStructure, recipe: Recipe) -> float:
+    """The share of the calibration windows, the first, that a survey sees.
+
+    How many micro-experts of each expert a plan keeps takes fewer tokens to find than which: so a
+    part is enough where these are chosen anew on all tokens, by refitting, or by the energies that
+    a packed plan goes by. The order of the windows is one of chance.
+    """
+    if not (recipe.refit or recipe.packed):
+        return 1
+    seen = recipe.calibration.num_tokens * structure.top_k / structure.num_experts
+    return max(1 / SURVEYED_SHARE, min(1, TOKENS_OF_AN_EXPERT / seen))
 
 
 @dataclass(frozen=True)
@@ -69,54 +88,46 @@ def survey_layer(
     layer: int,
     loaded: StreamedLayer,
     hidden: torch.Tensor,
-    widest: int = WIDEST,
+    *,
+    removing: bool = True,
 ) -> LayerSurvey:
     """Run the calibration tokens through one MoE layer of the dense model.
 
-    hidden: `[samples, seq_len, d_model]`, the layer's input, which its output takes the place of;
-    widest: wider experts are not taken apart, but ranked by energy; 0: none is.
+    hidden: `[samples, seq_len, d_model]`, the layer's input, which its output takes the place of.
+    removing: others make up for what is taken out; or else order and costs are by energy, as
+    nothing of a plan that only packs depends on them.
     """
     assert loaded.experts is not None
-    scale = scale_of_routed(loaded, stream.structure.moe_prefix(layer))
-    recorder = InputRecorder()
-    energies = run_measured(stream, layer, loaded, hidden, 0.0, recorder)
-    inputs = recorder.routed(stream.structure.num_experts)
-    unscaled = list(energies.experts / scale**2)
-    removals = _removals(loaded.experts, unscaled, inputs, widest, stream.device)
-    found = [(order, scale**2 * costs) for order, costs in removals]
+    widest = WIDEST if removing else 0
+    energies, scale, grams = run_measured(stream, layer, loaded, hidden, 0.0, widest)
+    down = loaded.experts.down.view(*energies.experts.shape, -1)
+    found = list(_removals(energies.experts, grams[0], down, energies.tokens, scale))
     if loaded.shared is not None:
-        shared = loaded.shared
-        rows = (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight.T)
-        whole = RaggedTier(*rows, offsets=(0, len(rows[0])))
-        of_shared = inputs_of_shared(inputs, loaded.shared_gate)
-        found += _removals(whole, [energies.shared], of_shared, widest, stream.device)
+        down = loaded.shared.down_proj.weight.T[None]
+        every = torch.tensor([hidden.shape[:-1].numel()])
+        found += _removals(energies.shared[None], grams[1], down, every, 1.0)
     size = sum(float(batch.float().square().sum()) for batch in hidden)
     order, costs = zip(*found, strict=True)
     return LayerSurvey(energies, 1 / max(size, 1e-300), order, costs)
 
 
 def _removals(
-    experts: RaggedTier[torch.Tensor],
-    energies: list[torch.Tensor],
-    inputs: RoutedInputs,
-    widest: int,
-    device: torch.device,
+    energies: torch.Tensor,
+    grams: torch.Tensor | None,
+    down: torch.Tensor,
+    tokens: torch.Tensor,
+    scale: float,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Order and costs of taking micro-experts out of each expert.
 
-    Experts too wide or too little seen for a Gram matrix go by energy, as if none could make up
-    for another.
+    energies: float64 `[num_experts, d_ff]`; down: `[num_experts, d_ff, d_model]`; tokens: what each
+    expert saw; scale: of what they add. Experts too wide or too little seen for a Gram matrix go by
+    energy, as if none could make up for another.
     """
     for expert, own in enumerate(energies):
-        rows = experts.rows(expert)
-        if len(own) > widest or len(inputs.tokens[expert]) < MIN_TOKENS:
+        if grams is None or tokens[expert] < MIN_TOKENS:
             rising = own.sort(stable=True)
             yield rising.indices, rising.values
             continue
-        gate, up, down = (
-            matrix[rows].to(device, torch.float32)
-            for matrix in (experts.gate, experts.up, experts.down)
-        )
-        gram = gram_of((gate, up), inputs, expert, device)
-        (order,), (costs,) = eliminate(gram[None], down[None])
-        yield order.cpu(), costs.cpu()
+        (order,), (costs,) = eliminate(grams[expert, None], down[expert, None])
+        yield order.cpu(), scale**2 * costs.cpu()

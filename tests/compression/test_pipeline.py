@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from camera_serve import Calibration, Recipe, TierPlan, compress, estimate
@@ -624,6 +625,27 @@ def test_killed_in_the_survey_or_after_it_a_run_resumes_to_the_same_bytes(
     compress(model, tmp_path / "out", asked, resume=True, on_progress=stop)
     assert not stops
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_what_left_a_finished_survey_is_not_read_again(
+    model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = by_plan(text, "16:0.6,0:0.4", **WHOLE)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == "compress":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, tmp_path / "out", asked, on_progress=stop)
+    (left,) = (tmp_path / "out.partial").rglob("surveyed.safetensors")
+    steps: list[str] = []
+    with safe_open(left, framework="pt") as handle:
+        save_file({}, left, {"next_layer": handle.metadata()["next_layer"]})
+    compress(
+        model, tmp_path / "out", asked, resume=True, on_progress=lambda p: steps.append(p.step)
+    )
+    assert set(steps) == {"compress"}
 
 
 def test_refitted_experts_keep_gate_and_up_and_are_nearer_to_the_original(

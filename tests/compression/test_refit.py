@@ -8,6 +8,7 @@ from camera_serve.calibration.inputs import RoutedInputs
 from camera_serve.compression import refit
 from camera_serve.compression.refit import refit_down, refit_experts
 from camera_serve.ragged.layer import RaggedTier
+from camera_serve.ranking.elimination import eliminate
 from camera_serve.ranking.gram import RIDGE, WIDEST
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ def _expert(d_ff: int = 8, d_model: int = 5, tokens: int = 50):
 def test_it_is_the_ridge_regression_on_the_tokens() -> None:
     phi, down = _expert()
     kept = torch.tensor([6, 1, 3, 0])
-    found = refit_down(phi.T @ phi, down, kept)
+    found, _ = refit_down(phi.T @ phi, phi.T @ phi, down, kept)
     assert found is not None
     # ‖φ_K W - φ down‖² + λ‖W - down_K‖² as ordinary least squares with stacked rows.
     own = phi[:, kept]
@@ -35,16 +36,29 @@ def test_it_is_the_ridge_regression_on_the_tokens() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+def test_the_gain_is_by_how_much_the_error_on_other_tokens_falls() -> None:
+    (phi, down), kept = _expert(), torch.tensor([6, 1, 3, 0])
+    other = torch.randn(9, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found, gain = refit_down(phi.T @ phi, other.T @ other, down, kept)
+    assert found is not None
+    before, after = (
+        (other[:, kept] @ own - other @ down).square().sum() for own in (down[kept], found)
+    )
+    assert before < after
+    assert gain == pytest.approx(float(before - after))
+
+
 @pytest.mark.parametrize("kept", [[], list(range(8))])
 def test_nothing_kept_or_nothing_removed_is_left_alone(kept: list[int]) -> None:
     phi, down = _expert()
-    assert refit_down(phi.T @ phi, down, torch.tensor(kept, dtype=torch.int64)) is None
+    gram = phi.T @ phi
+    assert refit_down(gram, gram, down, torch.tensor(kept, dtype=torch.int64)) == (None, 0)
 
 
 def test_kept_micro_experts_that_never_acted_are_left_alone() -> None:
     phi, down = _expert()
     phi[:, :3] = 0
-    assert refit_down(phi.T @ phi, down, torch.tensor([0, 1, 2])) is None
+    assert refit_down(phi.T @ phi, phi.T @ phi, down, torch.tensor([0, 1, 2])) == (None, 0)
 
 
 def _layer(num_experts: int = 2, tokens: int = TOKENS) -> tuple[RaggedTier, RoutedInputs]:
@@ -87,7 +101,7 @@ def test_experts_without_a_gram_matrix_are_left_alone(
     monkeypatch.setattr(refit, "WIDEST", widest)
     experts, inputs = _layer(tokens=tokens)
     found = refit_experts(experts, [torch.arange(9)] * 2, inputs, CPU)
-    assert found == refit.Refitted([None, None], ())
+    assert (found.down, found.refused) == ([None, None], ())
 
 
 def test_a_fit_that_held_back_tokens_do_not_bear_out_is_refused_and_named() -> None:
@@ -96,7 +110,7 @@ def test_a_fit_that_held_back_tokens_do_not_bear_out_is_refused_and_named() -> N
     inputs.x[-TOKENS // 8 :] = -3 * torch.randn(TOKENS // 8, D_MODEL).flip(0)
     inputs.x[: -TOKENS // 8] = inputs.x[0] * (1 + 1e-3 * torch.randn(TOKENS * 7 // 8, 1))
     found = refit_experts(experts, [torch.arange(9)] * 2, inputs, CPU)
-    assert found == refit.Refitted([None, None], (0, 1))
+    assert (found.down, found.refused) == ([None, None], (0, 1))
 
 
 def test_a_fit_beyond_the_range_of_the_dtype_is_refused() -> None:
@@ -108,4 +122,21 @@ def test_a_fit_beyond_the_range_of_the_dtype_is_refused() -> None:
     half = RaggedTier(experts.gate.half(), experts.up.half(), experts.down.half(), experts.offsets)
     kept = torch.tensor([j for j in range(D_FF) if j != 1])
     found = refit_experts(half, [kept, torch.arange(D_FF)], inputs, CPU)
-    assert found == refit.Refitted([None, None], (0,))
+    assert (found.down, found.refused) == ([None, None], (0,))
+
+
+def test_tokens_choose_what_elimination_leaves_of_an_expert_by_falling_energy() -> None:
+    experts, inputs = _layer()
+    asked = [torch.arange(9), torch.arange(D_FF)]
+    found = refit_experts(experts, asked, inputs, CPU, choosing=True)
+    assert found.kept[1].equal(asked[1])
+    x, down = inputs.x[inputs.tokens[0]].double(), experts.down[:D_FF].double()
+    gate, up = experts.gate[:D_FF].double(), experts.up[:D_FF].double()
+    phi = functional.silu(x @ gate.T) * (x @ up.T) * inputs.weights[0][:, None]
+    (order,), _ = eliminate((phi.T @ phi)[None], down[None])
+    assert set(found.kept[0].tolist()) == set(order[-9:].tolist())
+    energies = phi.square().sum(0) * down.square().sum(1)
+    assert (energies[found.kept[0]].diff() <= 0).all()
+    alone = refit_experts(experts, [found.kept[0], asked[1]], inputs, CPU)
+    assert found.down[0] is not None
+    assert found.down[0].equal(alone.down[0])

@@ -1,7 +1,7 @@
 import torch
 
 from camera_serve.ragged.layer import RaggedTier
-from camera_serve.ranking.selection import LayerEnergies, select, select_rows
+from camera_serve.ranking.selection import LayerEnergies, chosen_anew, select, select_rows
 from camera_serve.recipe import TierPlan
 
 ENERGIES = LayerEnergies(
@@ -18,6 +18,20 @@ def test_the_kept_stand_by_falling_energy_in_tiers_over_all_experts() -> None:
     assert [rows.tolist() for rows in selection.experts] == [[1, 3, 2, 0], [3]]
     assert [rows.tolist() for rows in selection.shared] == [[0]]
     assert selection.energy_kept == 33 / 34.5
+
+
+def test_other_energies_fill_the_same_tiers_anew() -> None:
+    selection = select(ENERGIES, TierPlan.parse("16:0.25,2:0.25,0:0.5"), align=1)
+    others = LayerEnergies(
+        experts=torch.tensor([[5.0, 1.0, 2.0, 3.0], [0.0, 4.0, 1.0, 0.0]]),
+        shared=torch.tensor([0.0, 0.0, 2.0, 2.0]),
+        tokens=ENERGIES.tokens,
+    )
+    again = chosen_anew(others, selection)
+    assert again.layout == selection.layout
+    assert [rows.tolist() for rows in again.experts] == [[0, 3, 2, 1], [1]]
+    assert [rows.tolist() for rows in again.shared] == [[2]]
+    assert again.energy_kept == 17 / 20
 
 
 def test_select_rows_keeps_order_and_empties_experts() -> None:

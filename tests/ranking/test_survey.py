@@ -7,12 +7,16 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from camera_serve import Calibration, Recipe, TierPlan
 from camera_serve.calibration.streaming import ModelStream
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.ranking.elimination import eliminate
 from camera_serve.ranking.survey import (
+    SURVEYED_SHARE,
+    TOKENS_OF_AN_EXPERT,
     LayerSurvey,
     survey_layer,
+    surveyed_share,
 )
 from tests import tiny_models
 
@@ -93,3 +97,36 @@ def test_a_survey_comes_back_from_its_tensors(surveyed) -> None:
     for part in ("order", "costs"):
         for one, other in zip(getattr(again, part), getattr(survey, part), strict=True):
             assert one.equal(other)
+
+
+@pytest.mark.parametrize(
+    ("plan", "refit", "tokens_per_expert", "share"),
+    [
+        ("16:0.6,0:0.4", True, 1e6, 1 / SURVEYED_SHARE),
+        ("16:0.6,0:0.4", True, 2 * TOKENS_OF_AN_EXPERT, 1 / 2),
+        ("16:0.6,0:0.4", True, 1, 1),
+        ("16:0.6,0:0.4", False, 1e6, 1),
+        ("3:0.2,2:0.6,1:0.2", False, 1e6, 1 / SURVEYED_SHARE),
+    ],
+)
+def test_a_part_is_surveyed_where_all_tokens_choose_anew(
+    surveyed, plan: str, refit: bool, tokens_per_expert: float, share: float
+) -> None:
+    structure = Checkpoint.open(surveyed[0]).structure
+    tokens = int(tokens_per_expert * structure.num_experts / structure.top_k)
+    calibration = Calibration(source="text", samples=tokens // 2, seq_len=2)
+    asked = Recipe(plan=TierPlan.parse(plan), calibration=calibration, budget="model", refit=refit)
+    assert surveyed_share(structure, asked) == pytest.approx(share, rel=1e-2)
+
+
+def test_where_nothing_is_removed_experts_are_taken_apart_by_energy(surveyed) -> None:
+    path, tokens, removing, _ = surveyed
+    stream = ModelStream(Checkpoint.open(path), CPU, torch.float32)
+    hidden = stream.embed(tokens)
+    for layer in range(LAYER + 1):
+        survey = survey_layer(stream, layer, stream.load(layer), hidden, removing=False)
+    assert survey.weight == removing.weight
+    for expert, energies in enumerate(removing.energies.per_expert):
+        assert survey.energies.per_expert[expert].equal(energies)
+        assert survey.order[expert].equal(energies.argsort(stable=True))
+        assert survey.costs[expert].equal(energies.sort().values)

@@ -147,8 +147,16 @@ def _solve(
         fitting, judges = _judged(batch, inputs)
     gate_up, worse_gate_up = _solve_gate_up(batch, fitting, size, judges)
     if refit:
-        _compensate(batch, gate_up.dequantized, inputs, size.tokens_at_once)
-    down, worse_down = _solve_down(batch, gate_up.dequantized, fitting, size, judges)
+        hessians = _compensate(batch, gate_up.dequantized, inputs, size.tokens_at_once, judges)
+    else:
+        hessians = _hessians(
+            batch,
+            fitting,
+            size,
+            batch.down.shape[1],
+            lambda slot, x: activations_of(gate_up.dequantized[slot], x),
+        )
+    down, worse_down = _solve_down(batch, gate_up.dequantized, hessians, size, judges)
     failed = (gate_up.failed | down.failed).tolist()
     worse = [a or b for a, b in zip(worse_gate_up, worse_down, strict=True)]
     return list(zip(_packed(batch, gate_up, down), failed, worse, strict=True))
@@ -176,19 +184,19 @@ def _solve_gate_up(
 
 
 def _solve_down(
-    batch: _Batch, gate_up: torch.Tensor, inputs: RoutedInputs, size: SolveSize, judges: Judges
+    batch: _Batch,
+    gate_up: torch.Tensor,
+    hessians: torch.Tensor,
+    size: SolveSize,
+    judges: Judges,
 ) -> tuple[Solution, list[bool]]:
-    """Down, on the activations that the dequantized `gate_up` makes."""
-
-    def activations(slot: int, x: torch.Tensor) -> torch.Tensor:
-        return activations_of(gate_up[slot], x)
+    """Down, under the Hessians of the activations that the dequantized `gate_up` makes."""
 
     def error(judge: HeldBack, slot: int, solution: Solution) -> float:
         lost = solution.dequantized[slot].T - batch.down[slot]
         return judge.error(judge.activations(gate_up[slot]), lost)
 
     weights, levels = batch.down.transpose(1, 2), batch.levels
-    hessians = _hessians(batch, inputs, size, weights.shape[2], activations)
     solved = solve_along_rows(weights, hessians, levels, size.group_size, batch.widths)
     if not size.polish:
         return solved, [False] * len(judges)
@@ -253,8 +261,15 @@ def _packed(
     ]
 
 
-def _compensate(batch: _Batch, quantized: torch.Tensor, inputs: RoutedInputs, at_once: int) -> None:
-    """Let each expert's down make up, in place, for what its gate and up have lost."""
+def _compensate(
+    batch: _Batch, quantized: torch.Tensor, inputs: RoutedInputs, at_once: int, judges: Judges
+) -> torch.Tensor:
+    """Let each expert's down make up, in place, for what its gate and up have lost.
+
+    Returns the Hessians of down, as `_hessians` gives them: without what is held back where that
+    has a polish to judge.
+    """
+    hessians = _identities(batch, batch.down.shape[1])
     for slot, expert in enumerate(batch.experts):
         if expert is None:
             continue
@@ -264,9 +279,19 @@ def _compensate(batch: _Batch, quantized: torch.Tensor, inputs: RoutedInputs, at
             for m in (batch.gate_up, quantized)
         ]
         down = batch.down[slot, :width]
-        fitted = compensated(own[0], own[1], down, inputs.of(expert), at_once)
-        if fitted is not None:
-            batch.down[slot, :width] = fitted
+        found = compensated(own[0], own[1], down, inputs.of(expert), at_once)
+        hessians[slot] = 0
+        hessians[slot, :width, :width] = found.hessian
+        if judges[slot] is None:
+            hessians[slot, :width, :width] += found.held_back
+        if found.down is not None:
+            batch.down[slot, :width] = found.down
+    return hessians
+
+
+def _identities(batch: _Batch, columns: int) -> torch.Tensor:
+    """The Hessians of experts to round to nearest, `[num_experts, columns, columns]`."""
+    return torch.eye(columns, device=batch.down.device).repeat(len(batch.experts), 1, 1)
 
 
 def _hessians(
@@ -282,7 +307,7 @@ def _hessians(
     round to nearest have the identity.
     """
     device = batch.down.device
-    hessians = torch.eye(columns, device=device).repeat(len(batch.experts), 1, 1)
+    hessians = _identities(batch, columns)
     for slot, expert in enumerate(batch.experts):
         if expert is None:
             continue
