@@ -18,8 +18,10 @@ class LayerReport(Settings):
     """One MoE layer: kept widths per expert, tokens seen, and the share of energy that was kept.
 
     `rounded_experts` saw too few tokens for GPTQ: their codes are rounded to nearest.
-    `unfitted_experts` keep their down vectors, as new ones did not suit tokens that were held back;
-    the shared expert counts as the last.
+    Of these the shared expert counts as the last: `ranked_by_energy` were to be taken apart, and
+    saw too few tokens or are too wide; `unfitted_experts` keep their down vectors, as new ones that
+    make up for what was removed did not suit tokens that were held back; `uncompensated_experts`
+    the same for what quantizing gate and up lost.
     """
 
     layer: str
@@ -29,6 +31,8 @@ class LayerReport(Settings):
     energy_kept: float
     rounded_experts: tuple[Count, ...] = ()
     unfitted_experts: tuple[Count, ...] = ()
+    uncompensated_experts: tuple[Count, ...] = ()
+    ranked_by_energy: tuple[Count, ...] = ()
 
     @property
     def unseen_experts(self) -> tuple[int, ...]:

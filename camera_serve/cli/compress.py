@@ -208,8 +208,26 @@ def _summary(report: "CompressionReport", output: Path) -> str:
             "experts that saw too few calibration tokens for GPTQ and were rounded to nearest: "
             f"{rounded} (inspect shows the least seen); {more}"
         )
+    lines += [_refused_line(report)] if any(_refused(report).values()) else []
     lines.append(f"wrote {output}; next: vllm serve {quoted(output)}")
     return "\n".join(lines)
+
+
+def _refused(report: "CompressionReport") -> dict[str, int]:
+    """How many experts each step has left to the paper's own, as it would not have been better."""
+    return {
+        "ranked by energy": sum(len(r.ranked_by_energy) for r in report.layers),
+        "not refitted": sum(len(r.unfitted_experts) for r in report.layers),
+        "not compensated": sum(len(r.uncompensated_experts) for r in report.layers),
+    }
+
+
+def _refused_line(report: "CompressionReport") -> str:
+    parts = ", ".join(f"{count} {what}" for what, count in _refused(report).items() if count)
+    return (
+        f"experts whose tokens do not bear a step out, so that it was left out: {parts} "
+        f"(camera_report.json names them); more calibration text bears out more"
+    )
 
 
 def _stored_lines(stored: "StoredOriginal | None", after: int) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -173,9 +174,9 @@ class SizeType(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Bytes, as an int."""
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", str(value).strip())
+        match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([a-zA-Z]*)", str(value).strip())
         unit = _UNITS.get(match[2].lower()) if match else None
-        if not match or unit is None or not (size := int(float(match[1]) * unit)):
+        if not match or unit is None or not (size := int(Fraction(match[1]) * unit)):
             self.fail(f"{value!r} is no size: give one like 12GB, 11.5GiB or 12000000000", param)
         return size
 
@@ -221,7 +222,8 @@ def _refuse(ctx: click.Context, names: Iterable[str], why: str) -> None:
 
 def _by_flag(error: "ValidationError") -> str:
     lines = [
-        f"Invalid value for {_flag(str(item['loc'][-1]))}: {item['msg']}, found {item['input']!r}."
+        f"Invalid value for {_flag(str(item['loc'][-1]))}: "
+        f"{item['msg'].removeprefix('Value error, ')}, found {item['input']!r}."
         for item in error.errors()
     ]
     return " ".join(lines)

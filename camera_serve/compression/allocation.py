@@ -1,14 +1,14 @@
 """Which micro-experts of a whole model are kept, and at how many bits each.
 
 A micro-expert j of layer l adds about c_l · E_j · ρ(b) to what the model gets wrong when it is
-stored in b bits: E_j its energy, c_l the weight of its layer, ρ(b) the share of it that b bits lose
-(`RELATIVE_ERROR`). With μ for the worth of a byte, each takes the bits of least
-c_l · E_j · ρ(b) + μ · bytes(b), and μ is bisected until all of them fill the budget.
+stored in b bits: E_j its energy (`LayerSurvey.worth`), c_l the weight of its layer, ρ(b) the share
+of it that b bits lose (`RELATIVE_ERROR`). With μ for the worth of a byte, each takes the bits of
+least c_l · E_j · ρ(b) + μ · bytes(b), and μ is bisected until all of them fill the budget.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -116,7 +116,7 @@ def _least(micro_experts: Sequence[int], kept: int, align: int) -> list[int]:
 
 def _scores(survey: LayerSurvey, bits: tuple[int, ...]) -> list[torch.Tensor]:
     """What each micro-expert is worth to the model, expert by expert."""
-    each = survey.removal_scores if bits == (16,) else survey.energies.per_expert
+    each = survey.removal_scores if bits == (16,) else survey.worth
     return [survey.weight * own for own in each]
 
 
@@ -163,7 +163,9 @@ def _selection(
     kept = [
         _kept(survey, expert, sum(tiers[: len(bits)]), bits) for expert, tiers in enumerate(counts)
     ]
-    return selection_of(survey.energies, bits, counts, kept)
+    selection = selection_of(survey.energies, bits, counts, kept)
+    by_energy = (~survey.apart).nonzero().flatten().tolist() if bits == (16,) else []
+    return replace(selection, by_energy=tuple(by_energy))
 
 
 def _kept(survey: LayerSurvey, expert: int, width: int, bits: tuple[int, ...]) -> torch.Tensor:
@@ -172,7 +174,7 @@ def _kept(survey: LayerSurvey, expert: int, width: int, bits: tuple[int, ...]) -
     if bits == (16,):
         stay = survey.order[expert][len(energies) - width :].sort().values
         return stay[rank(energies[stay])]
-    return rank(energies)[:width]
+    return rank(survey.worth[expert])[:width]
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ class _Experts:
 
     @classmethod
     def of(cls, surveys: Sequence[LayerSurvey], levels: tuple[int, ...], align: int) -> "_Experts":
-        layers = [[survey.weight * own for own in survey.energies.per_expert] for survey in surveys]
+        layers = [[survey.weight * own for own in survey.worth] for survey in surveys]
         rows = [own for layer in layers for own in layer]
         scores = rows[0].new_full((len(rows), max(map(len, rows))), -torch.inf)
         for row, own in zip(scores, rows, strict=True):

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from camera_serve.compression.refit import Refitted, refit_experts
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.ragged.layer import RaggedTier
 from camera_serve.ranking.layer import measure, record
-from camera_serve.ranking.selection import Selection, chosen_anew, select, select_rows
+from camera_serve.ranking.selection import Selection, chosen_anew, norms_of, select, select_rows
 from camera_serve.recipe import Recipe
 
 Fit = Callable[[RaggedTier[torch.Tensor], list[torch.Tensor]], Refitted]
@@ -32,7 +32,8 @@ class CompressedLayer:
     tensors: the expert tensors of the checkpoint, by name; loaded: the layer with the compressed
     experts in place; tokens: int64 `[num_experts]`, routed to each; rounded: routed experts that
     were rounded to nearest for want of tokens; unfitted: those, the shared one last, whose new down
-    vectors did not suit the tokens that were held back.
+    vectors did not suit the tokens that were held back; uncompensated: the same of those that were
+    to make up for quantizing.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -41,6 +42,7 @@ class CompressedLayer:
     selection: Selection
     rounded: tuple[int, ...]
     unfitted: tuple[int, ...]
+    uncompensated: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ class _Kept:
     counts: tuple[tuple[int, ...], ...]
     prefix: Callable[[int, Projection], str]
     fitted: Refitted
+
+
+class _Quantized(NamedTuple):
+    """The packed tensors of a layer's experts by name, and what `QuantizedExpert` says of them."""
+
+    tensors: dict[str, torch.Tensor]
+    rounded: tuple[int, ...]
+    uncompensated: tuple[int, ...]
 
 
 @torch.inference_mode()
@@ -86,7 +96,7 @@ def compress_layer(
             assert recipe.plan
             selection = select(energies, recipe.plan, recipe.align)
         else:
-            selection = chosen_anew(energies, selection)
+            selection = chosen_anew(energies, _norms(loaded), selection)
         inputs = recorder.routed(stream.structure.num_experts) if recorder else None
     else:
         inputs = record(stream, layer, loaded, hidden)
@@ -94,18 +104,22 @@ def compress_layer(
     of_shared = None
     if inputs and loaded.shared is not None:
         of_shared = inputs_of_shared(inputs, loaded.shared_gate)
-    fit, fit_shared = (_fitting(own, recipe, stream.device) for own in (inputs, of_shared))
+    fit, fit_shared = (_fitting(own, recipe, stream) for own in (inputs, of_shared))
     routed = _kept_routed(stream, layer, loaded.experts, selection, fit)
     shared = _kept_shared(stream, layer, loaded.shared, selection, fit_shared)
     tensors: dict[str, torch.Tensor] = {}
     rounded: tuple[int, ...] = ()
+    uncompensated: tuple[int, ...] = ()
     for kept in (routed, shared) if shared else (routed,):
         tensors |= _plain_tensors(stream.checkpoint, kept, selection.bits)
     if inputs and any(b < 16 for b in selection.bits):
-        packed, rounded = _quantize(routed, selection.bits, inputs, recipe, stream.device)
-        tensors |= packed
+        quantized = _quantize(routed, selection.bits, inputs, recipe, stream.device)
+        tensors |= quantized.tensors
+        rounded, uncompensated = quantized.rounded, quantized.uncompensated
         if shared and of_shared:
-            tensors |= _quantize(shared, selection.bits, of_shared, recipe, stream.device)[0]
+            quantized = _quantize(shared, selection.bits, of_shared, recipe, stream.device)
+            tensors |= quantized.tensors
+            uncompensated += (len(tokens),) * len(quantized.uncompensated)
     loaded.use_experts(routed.rows)
     if shared:
         set_shared(loaded.shared, shared.rows)
@@ -113,7 +127,17 @@ def compress_layer(
     if shared and shared.fitted.refused:
         unfitted = (*unfitted, len(tokens))
     going_on = replace(loaded, experts=routed.rows)
-    return CompressedLayer(tensors, going_on, tokens, selection, rounded, unfitted)
+    return CompressedLayer(tensors, going_on, tokens, selection, rounded, unfitted, uncompensated)
+
+
+def _norms(loaded: StreamedLayer) -> list[torch.Tensor]:
+    """‖w‖² of every down vector, expert by expert, the shared one last."""
+    assert loaded.experts is not None
+    offsets = loaded.experts.offsets
+    norms = list(norms_of(loaded.experts.down).split([b - a for a, b in pairwise(offsets)]))
+    if loaded.shared is not None:
+        norms.append(norms_of(loaded.shared.down_proj.weight.T))
+    return norms
 
 
 def _kept_routed(
@@ -144,13 +168,18 @@ def _kept_routed(
     return _Kept(kept, selection.layout.experts, prefix, fitted)
 
 
-def _fitting(inputs: RoutedInputs | None, recipe: Recipe, device: torch.device) -> Fit:
+def _fitting(inputs: RoutedInputs | None, recipe: Recipe, stream: ModelStream) -> Fit:
     """How experts that were given `inputs` are fitted, if they are."""
     if inputs is None or not recipe.refit:
         return lambda experts, kept: Refitted(kept, [None] * len(kept), ())
     # A survey says how many stay of each expert, and these tokens, which are more, say which.
-    choosing = recipe.eliminates
-    return partial(refit_experts, inputs=inputs, device=device, choosing=choosing)
+    return partial(
+        refit_experts,
+        inputs=inputs,
+        device=stream.device,
+        stored=stream.checkpoint.dtype,
+        choosing=recipe.eliminates,
+    )
 
 
 def _kept_shared(
@@ -209,15 +238,12 @@ def _quantize(
     inputs: RoutedInputs,
     recipe: Recipe,
     device: torch.device,
-) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
-    """Quantize the packed tiers; their rows become the weights that will be served.
-
-    Returns the packed tensors by name, and the experts that were rounded to nearest.
-    """
+) -> _Quantized:
+    """Quantize the packed tiers; their rows become the weights that will be served."""
     packed, stored = tuple(b for b in bits if b < 16), torch.tensor(bits)
     row_bits = torch.cat([stored.repeat_interleave(torch.tensor(tiers)) for tiers in kept.counts])
     tensors: dict[str, torch.Tensor] = {}
-    rounded = []
+    rounded, uncompensated = [], []
     for solved in quantize_experts(
         kept.rows,
         row_bits,
@@ -237,4 +263,6 @@ def _quantize(
             tensors |= packed_tensors(kept.prefix(solved.expert, projection), rows, counts, packed)
         if solved.rounded:
             rounded.append(solved.expert)
-    return tensors, tuple(rounded)
+        if solved.uncompensated:
+            uncompensated.append(solved.expert)
+    return _Quantized(tensors, tuple(rounded), tuple(uncompensated))

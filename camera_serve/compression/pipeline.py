@@ -325,6 +325,8 @@ def _layer_result(
         energy_kept=compressed.selection.energy_kept,
         rounded_experts=compressed.rounded,
         unfitted_experts=compressed.unfitted,
+        uncompensated_experts=compressed.uncompensated,
+        ranked_by_energy=compressed.selection.by_energy,
     )
     logger.info(
         "%s: kept %d micro-experts, %.1f%% of the energy",

@@ -4,7 +4,7 @@ What the kept micro-experts make of a token, φ_K, is not independent of what th
 φ_R: so new down vectors W* of the kept ones take over a part of their work. They minimise
 ‖φ_K W* - φ W‖² over the calibration tokens, with a ridge towards the old ones:
 W* = W_K + (G_KK + λI)⁻¹ G_KR W_R, with G = Σ φφᵀ. Tokens that are held back judge: where they are
-not better off, the old down vectors stay.
+not better off, or there are none, the old down vectors stay.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 from camera_serve.calibration.inputs import RoutedInputs
 from camera_serve.ragged.layer import RaggedTier
 from camera_serve.ragged.layout import rank
-from camera_serve.ranking.elimination import eliminate
+from camera_serve.ranking.elimination import eliminate, shrunk
 from camera_serve.ranking.gram import MIN_TOKENS, WIDEST, gain_of, gram_of, shares_of
 
 
@@ -38,12 +38,14 @@ def refit_experts(
     inputs: RoutedInputs,
     device: torch.device,
     *,
+    stored: torch.dtype | None = None,
     choosing: bool = False,
 ) -> Refitted:
     """Fit the kept micro-experts of each expert to what all of them gave.
 
     experts: all 16-bit rows; kept[e]: int64 indices into expert e; inputs: what each was given;
-    choosing: as many as `kept` has, but those of them that elimination leaves on these tokens.
+    stored: the dtype that the checkpoint has them in, None for that of `experts`; choosing: as many
+    as `kept` has, but those of them that elimination leaves on these tokens.
     """
     fitting, held = inputs.split()
     found: list[torch.Tensor | None] = []
@@ -59,21 +61,30 @@ def refit_experts(
         )
         fit, judge = (gram_of((gate, up), part, expert, device) for part in (fitting, held))
         if choosing:
-            chosen[expert] = _last_out(fit + judge, down, len(indices)).cpu()
+            gram = shrunk(fit + judge, len(inputs.tokens[expert]))
+            chosen[expert] = _last_out(gram, down, indices)
         fitted, gain = refit_down(fit, judge, down, chosen[expert].to(device))
-        # NaN is no gain.
-        if fitted is not None and not (gain >= 0 and fitted.isfinite().all()):
-            fitted = None
-            refused.append(expert)
+        if fitted is not None:
+            fitted = fitted.to(stored or experts.down.dtype).to(experts.down.dtype)
+            # NaN is no gain.
+            if not (gain > 0 and fitted.isfinite().all()):
+                fitted = None
+                refused.append(expert)
         found.append(fitted)
     return Refitted(chosen, found, tuple(refused))
 
 
-def _last_out(gram: torch.Tensor, down: torch.Tensor, width: int) -> torch.Tensor:
-    """The micro-experts of one expert that elimination leaves, by falling energy."""
-    stay = eliminate(gram[None], down[None]).order[0][-width:].sort().values
+def _last_out(gram: torch.Tensor, down: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """As many micro-experts of one expert as `kept`, those that elimination leaves.
+
+    By falling energy, on the CPU; `kept` itself where elimination is not possible.
+    """
+    (order,), (costs,) = eliminate(gram[None], down[None])
+    if not costs.isfinite().all():
+        return kept
+    stay = order[-len(kept) :].sort().values
     norms = torch.linalg.vector_norm(down[stay], dim=1, dtype=torch.float64)
-    return stay[rank(gram.diagonal()[stay] * norms.square())]
+    return stay[rank(gram.diagonal()[stay] * norms.square())].cpu()
 
 
 def refit_down(

@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -29,8 +30,8 @@ from camera_serve.runtime import compute_dtype
 GRAMS = 8
 """Matrices of an expert's width that elimination holds at a time, of float64."""
 
-SURVEYED = 24
-"""Bytes on disk of what a survey finds of a micro-expert: energy, order and cost."""
+SURVEYED = 32
+"""Bytes on disk of what a survey finds of a micro-expert: energy, order, cost and norm."""
 
 DECODING = 16
 """Bytes that a weight takes at most while it is decoded: its codes as integers, in float32, and in
@@ -107,35 +108,50 @@ def _check_budget(checkpoint: Checkpoint, recipe: Recipe) -> None:
     least = least_bytes(counts, costs, recipe.align)
     most = max(costs.values()) * sum(counts)
     budget, outside = expert_budget(checkpoint, recipe), _bytes_outside(checkpoint, recipe)
-    whole = f"this model's experts take {checkpoint.expert_bytes} bytes, all else {outside}"
+    whole = f"this model's experts take {_size(checkpoint.expert_bytes)}, all else {_size(outside)}"
     allowed = ",".join(map(str, recipe.allow))
     if budget < least:
         raise RecipeError(
             f"{_goal(recipe, budget)} is too small: {whole}, and with bits {allowed} the experts "
-            f"take {least} at least: give {_at_least(checkpoint, recipe, least)} or more"
+            f"take {_size(least)} at least: give {_goal_for(checkpoint, recipe, least)} or more"
         )
     if budget >= most and 16 in costs:
         raise RecipeError(f"{_goal(recipe, budget)} is no compression: {whole}")
     if budget > most:
         raise RecipeError(
-            f"{_goal(recipe, budget)} is more than bits {allowed} take, {most} bytes: {whole}; "
-            "allow more bits, or give less"
+            f"{_goal(recipe, budget)} is more than bits {allowed} take, {_size(most)}: {whole}; "
+            f"allow more bits, or give {_goal_for(checkpoint, recipe, most, math.floor)} or less"
         )
 
 
 def _goal(recipe: Recipe, budget: int) -> str:
     if recipe.size is not None:
-        return f"a size of {recipe.size} bytes, of which {max(budget, 0)} are left for experts,"
-    return f"{recipe.bits_per_weight:g} bits per weight, {budget} bytes for experts,"
+        left = f"of which {_size(max(budget, 0))} are left for experts,"
+        return f"a size of {_size(recipe.size)}, {left}"
+    return f"{recipe.bits_per_weight:g} bits per weight, {_size(budget)} for experts,"
 
 
-def _at_least(checkpoint: Checkpoint, recipe: Recipe, least: int) -> str:
+def _goal_for(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    experts: int,
+    rounded: Callable[[float], int] = math.ceil,
+) -> str:
+    """What to give in place of a recipe's size or bits, for experts of so many bytes."""
     if recipe.size is not None:
-        return f"a size of {_bytes_outside(checkpoint, recipe) + least}"
+        return f"a size of {_size(_bytes_outside(checkpoint, recipe) + experts, rounded)}"
     structure = checkpoint.structure
     count = len(structure.moe_layers) * structure.micro_experts_per_layer
-    bits = 8 * least / (count * len(PROJECTIONS) * structure.d_model)
-    return f"{math.ceil(1000 * bits) / 1000:g} bits per weight"
+    bits = 8 * experts / (count * len(PROJECTIONS) * structure.d_model)
+    return f"{rounded(1000 * bits) / 1000:g} bits per weight"
+
+
+def _size(count: int, rounded: Callable[[float], int] = math.ceil) -> str:
+    """Bytes as people read them, and as --size does: `11.502GiB`, or a plain number."""
+    power = min((count.bit_length() - 1) // 10, 4)
+    if power < 1:
+        return str(count)
+    return f"{rounded(1000 * count / 1024**power) / 1000:.7g}{'KMGT'[power - 1]}iB"
 
 
 def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> Estimate:

@@ -36,11 +36,25 @@ def eliminate(gram: torch.Tensor, down: torch.Tensor) -> Elimination:
     """Take all micro-experts out of some experts of one width.
 
     gram: `[num_experts, d_ff, d_ff]`, Σ φφᵀ of each expert; down: `[num_experts, d_ff, d_model]`.
-    An expert that saw no token costs nothing, and goes by falling weight from the end.
+    An expert that saw no token costs nothing, and goes by falling weight from the end. One whose
+    Gram matrix is not finite, or is none, costs NaN.
     """
     each = [_eliminate(own, vectors) for own, vectors in zip(gram, down, strict=True)]
     order, costs = zip(*each, strict=True)
     return Elimination(torch.stack(order), torch.stack(costs))
+
+
+def shrunk(gram: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Σ φφᵀ of one expert `[d_ff, d_ff]` as so few tokens bear it out; changed in place.
+
+    On few tokens any micro-expert looks like a mixture of d_ff others. So what the tokens say of
+    pairs is shrunk by n / (n + d_ff) (as in Ledoit and Wolf, 2004), and an expert that saw few
+    against its width is taken apart nearly by energy.
+    """
+    own = gram.diagonal().clone()
+    gram *= num_tokens / (num_tokens + len(gram))
+    gram.diagonal().copy_(own)
+    return gram
 
 
 def _eliminate(gram: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +70,10 @@ def _eliminate(gram: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, to
     sizes = squares.sqrt().to(gram)
     whole = gram / sizes / sizes[:, None]
     whole.diagonal().fill_(1)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(whole))
+    factor, failed = torch.linalg.cholesky_ex(whole)
+    if int(failed) or not factor.isfinite().all():
+        return torch.arange(len(gram), device=gram.device), torch.full_like(squares, torch.nan)
+    inverse = torch.cholesky_inverse(factor)
     products = (down @ down.T).to(gram) * sizes * sizes[:, None]
     left = torch.arange(len(gram), device=gram.device)
     order, costs = [], []

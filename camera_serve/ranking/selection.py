@@ -1,13 +1,20 @@
 """Energies + tier plan -> which micro-experts of a layer are kept, in which order and tier."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from camera_serve.ragged.layer import RaggedTier
 from camera_serve.ragged.layout import LayerLayout, rank, tier_counts
 from camera_serve.recipe import TierPlan
+
+ELSEWHERE = 0.05
+"""What other text uses of a micro-expert at least, as a share of what the average one is used.
+
+On the reference MoE, 2.25 bits by 2,000 tokens of prose: it takes the KL divergence on code from
+.115 to .082, and that on prose from .021 to .022.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,8 @@ class Selection:
     """Which micro-experts of each expert are kept, tier by tier and by falling energy in each.
 
     bits: of the tiers, falling; experts[e], shared[s]: int64 indices into the expert's original
-    d_ff. energy_kept: the kept micro-experts' share of the layer's energy.
+    d_ff. energy_kept: the kept micro-experts' share of the layer's energy. by_energy: experts, the
+    shared one last, that were to be ranked by what taking out costs, and were not.
     """
 
     bits: tuple[int, ...]
@@ -42,6 +50,7 @@ class Selection:
     experts: list[torch.Tensor]
     shared: list[torch.Tensor]
     energy_kept: float
+    by_energy: tuple[int, ...] = ()
 
 
 def select(energies: LayerEnergies, plan: TierPlan, align: int) -> Selection:
@@ -74,13 +83,39 @@ def selection_of(
     return Selection(bits, layout, kept[:num_experts], kept[num_experts:], share)
 
 
-def chosen_anew(energies: LayerEnergies, selection: Selection) -> Selection:
-    """As many micro-experts of each expert and tier as a selection has, by other energies."""
-    per_expert = energies.per_expert
+def worth_of(energies: LayerEnergies, norms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Energies as far as a text tells: what it never used may be used elsewhere.
+
+    Each micro-expert counts as though it had also acted `ELSEWHERE` times as much as the routed
+    ones of its layer on average, or as those of its shared expert. norms[e]: float64 `[d_ff_e]`,
+    ‖w‖² of its down vectors, the shared expert last.
+    """
+    kinds = [energies.experts.flatten(), energies.shared]
+    found = []
+    for own, sizes in zip(kinds, torch.cat(list(norms)).split([*map(len, kinds)]), strict=True):
+        squares = torch.where(sizes > 0, own / sizes, 0.0)
+        found.append(own + ELSEWHERE * squares.sum() / max(len(squares), 1) * sizes)
+    return list(torch.cat(found).split([len(own) for own in norms]))
+
+
+def chosen_anew(
+    energies: LayerEnergies, norms: Sequence[torch.Tensor], selection: Selection
+) -> Selection:
+    """As many micro-experts of each expert and tier as a selection has, by what they are worth now.
+
+    norms: as `worth_of` takes them.
+    """
     before = [*selection.experts, *selection.shared]
-    kept = [rank(e)[: len(own)] for e, own in zip(per_expert, before, strict=True)]
-    number, share = len(selection.experts), _share_kept(per_expert, kept)
-    return Selection(selection.bits, selection.layout, kept[:number], kept[number:], share)
+    each = worth_of(energies, norms)
+    kept = [rank(worth)[: len(own)] for worth, own in zip(each, before, strict=True)]
+    number, share = len(selection.experts), _share_kept(energies.per_expert, kept)
+    return replace(selection, experts=kept[:number], shared=kept[number:], energy_kept=share)
+
+
+def norms_of(down: torch.Tensor) -> torch.Tensor:
+    """‖w‖² of each row of down, float64 on the CPU."""
+    parts = [torch.linalg.vector_norm(p, dim=1, dtype=torch.float64) for p in down.split(4096)]
+    return torch.cat(parts).square().cpu()
 
 
 def _share_kept(per_expert: list[torch.Tensor], kept: list[torch.Tensor]) -> float:

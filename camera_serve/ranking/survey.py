@@ -2,9 +2,9 @@
 
 A plan for the whole model has to compare micro-experts of different layers. What one of them adds
 to the residual stream is worth the more, the smaller that stream is: so a layer counts by
-1 / Σ ‖h‖² over the calibration tokens, h being what leaves the layer. In each expert,
-micro-experts are taken out one after another (`camera_serve.ranking.elimination`), the others
-making up for them.
+1 / ‖h‖², the geometric mean over the calibration tokens, h being what leaves the layer. In each
+expert, micro-experts are taken out one after another (`camera_serve.ranking.elimination`), the
+others making up for them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,10 +14,10 @@ import torch
 
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.models import MoeStructure
-from camera_serve.ranking.elimination import eliminate
+from camera_serve.ranking.elimination import eliminate, shrunk
 from camera_serve.ranking.gram import MIN_TOKENS, WIDEST
 from camera_serve.ranking.layer import run_measured
-from camera_serve.ranking.selection import LayerEnergies
+from camera_serve.ranking.selection import LayerEnergies, norms_of, worth_of
 from camera_serve.recipe import Recipe
 
 SURVEYED_SHARE = 4
@@ -44,15 +44,18 @@ def surveyed_share(structure: MoeStructure, recipe: Recipe) -> float:
 class LayerSurvey:
     """What the micro-experts of one MoE layer are worth, expert by expert, the shared one last.
 
-    energies: Eq. 11 with α = 0, Σφ² ‖w‖²; weight: of the layer, 1 / Σ ‖h‖²; order[e]: int64
+    energies: Eq. 11 with α = 0, Σφ² ‖w‖²; weight: of the layer, 1 / ‖h‖²; order[e]: int64
     `[d_ff_e]`, in which they are taken out of expert e; costs[e]: float64 `[d_ff_e]`, in the same
-    order, never falling.
+    order, never falling; norms[e]: float64 `[d_ff_e]`, ‖w‖²; apart: bool `[num_experts]`, false for
+    one that goes by energy, as its Gram matrix says too little or it has none.
     """
 
     energies: LayerEnergies
     weight: float
     order: tuple[torch.Tensor, ...]
     costs: tuple[torch.Tensor, ...]
+    norms: tuple[torch.Tensor, ...]
+    apart: torch.Tensor
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it, as a file holds it."""
@@ -63,6 +66,8 @@ class LayerSurvey:
             "weight": torch.tensor(self.weight, dtype=torch.float64),
             "order": torch.cat(self.order),
             "costs": torch.cat(self.costs),
+            "norms": torch.cat(self.norms),
+            "apart": self.apart,
         }
 
     @classmethod
@@ -70,8 +75,13 @@ class LayerSurvey:
         """What `tensors` gave."""
         energies = LayerEnergies(tensors["experts"], tensors["shared"], tensors["tokens"])
         widths = [len(part) for part in energies.per_expert]
-        order, costs = tensors["order"].split(widths), tensors["costs"].split(widths)
-        return cls(energies, float(tensors["weight"]), order, costs)
+        order, costs, norms = (tensors[name].split(widths) for name in ("order", "costs", "norms"))
+        return cls(energies, float(tensors["weight"]), order, costs, norms, tensors["apart"])
+
+    @property
+    def worth(self) -> list[torch.Tensor]:
+        """Energies, as far as the calibration text tells (`worth_of`)."""
+        return worth_of(self.energies, self.norms)
 
     @property
     def removal_scores(self) -> list[torch.Tensor]:
@@ -101,14 +111,26 @@ def survey_layer(
     widest = WIDEST if removing else 0
     energies, scale, grams = run_measured(stream, layer, loaded, hidden, 0.0, widest)
     down = loaded.experts.down.view(*energies.experts.shape, -1)
+    norms = list(norms_of(down.flatten(0, 1)).view(energies.experts.shape))
     found = list(_removals(energies.experts, grams[0], down, energies.tokens, scale))
     if loaded.shared is not None:
         down = loaded.shared.down_proj.weight.T[None]
         every = torch.tensor([hidden.shape[:-1].numel()])
+        norms.append(norms_of(down[0]))
         found += _removals(energies.shared[None], grams[1], down, every, 1.0)
-    size = sum(float(batch.float().square().sum()) for batch in hidden)
-    order, costs = zip(*found, strict=True)
-    return LayerSurvey(energies, 1 / max(size, 1e-300), order, costs)
+    order, costs, apart = zip(*found, strict=True)
+    weight = _weight_of(hidden)
+    return LayerSurvey(energies, weight, order, costs, tuple(norms), torch.tensor(apart))
+
+
+def _weight_of(hidden: torch.Tensor) -> float:
+    """1 / ‖h‖², the geometric mean over tokens: no single token decides, however large or small.
+
+    In a sum, massive activations of a few tokens (Sun et al., 2024) would be all that counts.
+    """
+    sizes = torch.cat([batch.float().square().sum(-1) for batch in hidden]).double()
+    seen = sizes[sizes > 0]
+    return float(seen.log().mean().neg().exp()) if len(seen) else 1.0
 
 
 def _removals(
@@ -117,17 +139,19 @@ def _removals(
     down: torch.Tensor,
     tokens: torch.Tensor,
     scale: float,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Order and costs of taking micro-experts out of each expert.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
+    """Order and costs of taking micro-experts out of each expert, and whether it is by their pairs.
 
     energies: float64 `[num_experts, d_ff]`; down: `[num_experts, d_ff, d_model]`; tokens: what each
-    expert saw; scale: of what they add. Experts too wide or too little seen for a Gram matrix go by
-    energy, as if none could make up for another.
+    expert saw; scale: of what they add. Experts too wide or too little seen for a Gram matrix, or
+    whose Gram matrix cannot be factored, go by energy, as if none could make up for another.
     """
     for expert, own in enumerate(energies):
-        if grams is None or tokens[expert] < MIN_TOKENS:
+        found, num_tokens = None, int(tokens[expert])
+        if grams is not None and num_tokens >= MIN_TOKENS:
+            found = eliminate(shrunk(grams[expert], num_tokens)[None], down[expert, None])
+        if found is None or not found.costs.isfinite().all():
             rising = own.sort(stable=True)
-            yield rising.indices, rising.values
-            continue
-        (order,), (costs,) = eliminate(grams[expert, None], down[expert, None])
-        yield order.cpu(), scale**2 * costs.cpu()
+            yield rising.indices, rising.values, False
+        else:
+            yield found.order[0].cpu(), scale**2 * found.costs[0].cpu(), True

@@ -29,6 +29,7 @@ def test_prune_removes_the_share_and_says_what_comes_next(
     how = ["--prune", 0.5, "--align", 8, "--paper"]
     result = run("compress", model, "-o", output, *how, *small)
     assert result.exit_code == 0, result.output
+    assert "left out" not in result.stdout
     assert result.stdout.splitlines()[-1] == f"wrote {output}; next: vllm serve {output}"
     assert "456.0 KiB -> 228.0 KiB (50.0% smaller)" in result.stdout
     assert "compress  2/2 layers" in result.stderr
@@ -36,6 +37,26 @@ def test_prune_removes_the_share_and_says_what_comes_next(
     kept = json.loads((output / "config.json").read_text())["quantization_config"]["layers"]
     for counts in kept.values():
         assert sum(n for (n,) in counts["experts"] + counts["shared"]) == (8 * 64 + 96) // 2
+
+
+@pytest.mark.parametrize("goal", [["--prune", 0.4], ["--bits-per-weight", 3]])
+def test_a_summary_counts_what_was_left_out_by_step(
+    run: Run, model: Path, calibration: Path, tmp_path: Path, goal: list[object]
+) -> None:
+    text = ["--calibration", calibration, "--samples", 2, "--seq-len", 64]
+    how = [*goal, "--align", 8, *(["--group-size", 64] if goal[0] != "--prune" else [])]
+    result = run("compress", model, "-o", tmp_path / "out", *how, *text)
+    assert result.exit_code == 0, result.output
+    layers = json.loads((tmp_path / "out" / "camera_report.json").read_text())["layers"]
+    counts = {
+        "ranked by energy": sum(len(layer["ranked_by_energy"]) for layer in layers),
+        "not refitted": sum(len(layer["unfitted_experts"]) for layer in layers),
+        "not compensated": sum(len(layer["uncompensated_experts"]) for layer in layers),
+    }
+    assert any(counts.values())
+    (said,) = [line for line in result.stdout.splitlines() if "so that it was left out: " in line]
+    for what, count in counts.items():
+        assert (f"{count} {what}" in said) == bool(count)
 
 
 def test_every_flag_reaches_the_recipe(
@@ -122,10 +143,16 @@ def test_overwrite_replaces_an_earlier_output(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("paper", [[], ["--paper"]], ids=["default", "paper"])
 def test_interrupt_says_how_to_resume_and_resume_gives_the_same_bytes(
-    run: Run, model: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    model: Path,
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    paper: list[str],
 ) -> None:
-    how = ["--prune", 0.4, "--align", 8, "--paper"]
+    how = ["--prune", 0.4, "--align", 8, *paper]
     command = ["compress", model, "-o", tmp_path / "out", *how, *small]
     run("compress", model, "-o", tmp_path / "whole", *command[4:])
     _interrupt_after_layers(1, monkeypatch)
@@ -139,7 +166,8 @@ def test_interrupt_says_how_to_resume_and_resume_gives_the_same_bytes(
     assert run(*command).exit_code == 1, "an interrupted run must not be overwritten silently"
     resumed = run(*command, "--resume")
     assert resumed.exit_code == 0, resumed.output
-    assert "compress  1/2 layers" in resumed.stderr.splitlines()[0]
+    steps = [line for line in resumed.stderr.splitlines() if "layers" in line]
+    assert any("compress  1/2 layers" in line for line in steps[:2])
     whole, again = digest(tmp_path / "whole"), digest(tmp_path / "out")
     assert {k: v for k, v in again.items() if k != "camera.log"} == {
         k: v for k, v in whole.items() if k != "camera.log"

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,7 +45,18 @@ def _made_up(
             costs.append(of_shared.sort().values)
             order.append(of_shared.argsort())
         found = LayerEnergies(energies, of_shared, tokens)
-        surveys.append(LayerSurvey(found, weights[layer], tuple(order), tuple(costs)))
+        # Without weights, worth is energy.
+        norms = tuple(torch.zeros_like(own) for own in costs)
+        surveys.append(
+            LayerSurvey(
+                found,
+                weights[layer],
+                tuple(order),
+                tuple(costs),
+                norms,
+                torch.ones(len(order)).bool(),
+            )
+        )
     return surveys
 
 
@@ -84,7 +96,7 @@ def test_what_stays_is_what_would_have_gone_last_by_falling_energy() -> None:
     (survey,) = _made_up(1, [1.0])
     # Another order than that of the energies.
     order = tuple(torch.randperm(32) for _ in survey.order)
-    survey = LayerSurvey(survey.energies, 1.0, order, survey.costs)
+    survey = replace(survey, order=order)
     (selection,) = select_over_model([survey], TierPlan.prune(0.5), 1)
     for expert, kept in enumerate(selection.experts):
         assert set(kept.tolist()) == set(order[expert][32 - len(kept) :].tolist())
@@ -177,3 +189,46 @@ def test_micro_experts_without_energy_are_removed_first() -> None:
     surveys[0].energies.experts[1] = 0
     first, _ = fill(surveys, COSTS, 200_000, 1)
     assert first.layout.expert_d_ff[1] == 0
+
+
+@pytest.mark.parametrize("plan", ["16:0.6,0:0.4", "2:0.5,0:0.5", "4:0.1,2:0.2,0:0.7", "2:1"])
+@pytest.mark.parametrize("align", [1, 8, 32])
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1e-12, 1.0), (1e-200, 1.0, 1e200)])
+def test_no_plan_empties_a_layer_whatever_it_is_worth(
+    plan: str, align: int, weights: tuple[float, ...]
+) -> None:
+    surveys = _made_up(len(weights), list(weights))
+    parsed = TierPlan.parse(plan)
+    selections = select_over_model(surveys, parsed, align)
+    share = min(KEPT_OF_A_LAYER, (1 - parsed.pruned) / 2)
+    for selection in selections:
+        kept = sum(selection.layout.expert_d_ff)
+        assert kept >= max(align, math.floor(share * 4 * 32 / align) * align)
+        assert all(count % align == 0 for tiers in selection.layout.experts for count in tiers)
+
+
+@pytest.mark.parametrize("energy", [0.0, 1e-320, 1.0])
+@pytest.mark.parametrize("goal", ["16:0.6,0:0.4", "3:0.2,2:0.4,0:0.4", "size"])
+def test_micro_experts_that_are_worth_the_same_are_kept_by_the_share(
+    energy: float, goal: str
+) -> None:
+    surveys = _made_up(2, [1.0, 1.0])
+    for survey in surveys:
+        for own in (*survey.energies.experts, *survey.costs):
+            own.fill_(energy)
+    if goal == "size":
+        selections = fill(surveys, COSTS, 100_000, 8)
+        assert 100_000 - 8 * COSTS[16] < bytes_of(selections) <= 100_000
+    else:
+        selections = select_over_model(surveys, TierPlan.parse(goal), 8)
+        kept = sum(sum(selection.layout.expert_d_ff) for selection in selections)
+        assert abs(kept - 0.6 * 256) <= 8
+    assert all(sum(selection.layout.expert_d_ff) for selection in selections)
+
+
+def test_experts_that_were_not_taken_apart_are_told_where_that_decides() -> None:
+    apart = torch.tensor([True, False, True, False])
+    surveys = [replace(survey, apart=apart) for survey in _made_up(2, [1.0, 1.0])]
+    pruned = select_over_model(surveys, TierPlan.prune(0.5), 1)
+    packed = select_over_model(surveys, TierPlan.parse("3:0.5,0:0.5"), 1)
+    assert [s.by_energy for s in (*pruned, *packed)] == [(1, 3), (1, 3), (), ()]

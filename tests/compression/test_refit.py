@@ -8,7 +8,7 @@ from camera_serve.calibration.inputs import RoutedInputs
 from camera_serve.compression import refit
 from camera_serve.compression.refit import refit_down, refit_experts
 from camera_serve.ragged.layer import RaggedTier
-from camera_serve.ranking.elimination import eliminate
+from camera_serve.ranking.elimination import eliminate, shrunk
 from camera_serve.ranking.gram import RIDGE, WIDEST
 
 CPU = torch.device("cpu")
@@ -133,10 +133,57 @@ def test_tokens_choose_what_elimination_leaves_of_an_expert_by_falling_energy() 
     x, down = inputs.x[inputs.tokens[0]].double(), experts.down[:D_FF].double()
     gate, up = experts.gate[:D_FF].double(), experts.up[:D_FF].double()
     phi = functional.silu(x @ gate.T) * (x @ up.T) * inputs.weights[0][:, None]
-    (order,), _ = eliminate((phi.T @ phi)[None], down[None])
+    (order,), _ = eliminate(shrunk(phi.T @ phi, len(phi))[None], down[None])
     assert set(found.kept[0].tolist()) == set(order[-9:].tolist())
     energies = phi.square().sum(0) * down.square().sum(1)
     assert (energies[found.kept[0]].diff() <= 0).all()
     alone = refit_experts(experts, [found.kept[0], asked[1]], inputs, CPU)
     assert found.down[0] is not None
     assert found.down[0].equal(alone.down[0])
+
+
+def test_a_fit_beyond_the_range_of_the_dtype_it_is_stored_in_is_refused() -> None:
+    experts, inputs = _layer()
+    experts.gate[0] = experts.gate[1]
+    experts.up[0] = 0.2 * experts.up[1]
+    experts.down[1] = 6e4
+    kept = [torch.tensor([j for j in range(D_FF) if j != 1]), torch.arange(D_FF)]
+    assert refit_experts(experts, kept, inputs, CPU).refused == ()
+    found = refit_experts(experts, kept, inputs, CPU, stored=torch.float16)
+    assert (found.down, found.refused) == ([None, None], (0,))
+
+
+def test_a_fit_that_no_held_back_token_judges_is_refused() -> None:
+    experts, inputs = _layer()
+    early = tuple(own[own < TOKENS // 2] for own in inputs.tokens)
+    inputs = RoutedInputs(inputs.x, early, tuple(torch.ones(len(own)) for own in early))
+    found = refit_experts(experts, [torch.arange(9)] * 2, inputs, CPU)
+    assert (found.down, found.refused) == ([None, None], (0, 1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30])
+@pytest.mark.parametrize("place", [(0, 1), (2, 2)])
+def test_what_is_no_gram_matrix_fits_nothing(bad: float, place: tuple[int, int]) -> None:
+    phi, down = _expert()
+    gram = phi.T @ phi
+    gram[place] = gram[place[::-1]] = bad
+    fitted, _ = refit_down(gram, gram, down, torch.tensor([0, 1, 2]))
+    assert fitted is None
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_an_expert_with_one_micro_expert_left_is_no_worse(kept: int) -> None:
+    experts, inputs = _layer()
+    rows = [torch.arange(kept), torch.arange(D_FF - kept, D_FF)]
+    found = refit_experts(experts, rows, inputs, CPU)
+    _, held = inputs.split()
+    for e, (own, down) in enumerate(zip(rows, found.down, strict=True)):
+        before = _error(experts, held, e, own, experts.down[experts.rows(e)][own])
+        assert down is None or _error(experts, held, e, own, down) < before
+
+
+@pytest.mark.parametrize("zeroed", ["gate", "up", "down"])
+def test_experts_that_do_nothing_are_left_alone(zeroed: str) -> None:
+    experts, inputs = _layer()
+    getattr(experts, zeroed).zero_()
+    assert refit_experts(experts, [torch.arange(9)] * 2, inputs, CPU).down == [None, None]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import socket
 import sys
@@ -531,3 +532,83 @@ def test_killed_while_it_makes_room_nothing_half_deleted_is_resumed(
         assert not partial.exists()
         shutil.rmtree(output)
         shutil.copytree(tmp_path / "kept", partial)
+
+
+GOALS: dict[str, dict[str, Any]] = {
+    "prune": {"plan": TierPlan.prune(0.4)},
+    "size": {"size": 340_000, "allow": (4, 3, 2, 1, 0)},
+}
+
+
+def default_recipe(text: Path, goal: str) -> Recipe:
+    """Enough tokens that experts are taken apart and fitted."""
+    calibration = Calibration(source=str(text), samples=4, seq_len=64)
+    return Recipe(**GOALS[goal], calibration=calibration, align=8, group_size=32)
+
+
+def killed_at(run: Callable[[], object], moment: int, folder: Path) -> bool:
+    """Run in a process that is killed before it opens, renames or removes a file of `folder` for
+    the time `moment`; whether it came so far."""
+    left = iter(range(moment))
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        touched = event in ("open", "os.rename", "os.remove", "os.mkdir")
+        if touched and str(folder) in str(arguments[0]) and next(left, None) is None:
+            os._exit(9)
+
+    def watched() -> None:
+        sys.addaudithook(watch)
+        run()
+
+    child = in_child(watched)
+    child.join()
+    assert child.exitcode in (0, 9)
+    return child.exitcode == 9
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_killed_at_any_moment_of_any_step_it_resumes_to_the_same_bytes(
+    model: Path, text: Path, tmp_path: Path, goal: str
+) -> None:
+    wanted, whole = default_recipe(text, goal), tmp_path / "whole"
+    compress(model, whole, wanted)
+    found, moments = written(whole), random.Random(7)
+    earlier, killed = 0, set[str]()
+    for attempt in range(5):
+        output = tmp_path / str(attempt)
+        earlier += moments.randint(2, 14)
+        if killed_at(lambda output=output: compress(model, output, wanted), earlier, output):
+            killed.add(step_of(output))
+        compress(model, output, wanted, resume=True)
+        assert written(output) == found, f"killed at touch {earlier} of a file"
+        assert not output.with_name(f"{attempt}.partial").exists()
+    assert {"survey", "compress"} <= killed
+
+
+def step_of(output: Path) -> str:
+    """The step in which a run was killed."""
+    state = output.with_name(f"{output.name}.partial") / ".state"
+    return "compress" if (state / "hidden.safetensors").exists() else "survey"
+
+
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("step", ["_select", "compress_layer", "_write_rest"])
+def test_killed_as_a_step_begins_it_does_not_repeat_the_one_before(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, goal: str
+) -> None:
+    wanted = default_recipe(text, goal)
+
+    def run() -> None:
+        monkeypatch.setattr(f"camera_serve.compression.pipeline.{step}", lambda *_: os._exit(9))
+        compress(model, tmp_path / "out", wanted)
+
+    child = in_child(run)
+    child.join()
+    assert child.exitcode == 9
+    seen: list[Progress] = []
+    compress(model, tmp_path / "out", wanted, resume=True, on_progress=seen.append)
+    done = [(progress.step, progress.done) for progress in seen]
+    ends = [("survey", 2), ("compress", 2 if step == "_write_rest" else 0)]
+    assert done[:2] == ends
+    compress(model, tmp_path / "whole", wanted)
+    assert written(tmp_path / "out") == written(tmp_path / "whole")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from camera_serve.ranking import elimination
-from camera_serve.ranking.elimination import RIDGE, eliminate
+from camera_serve.ranking.elimination import RIDGE, eliminate, shrunk
 
 
 def _expert(d_ff: int, d_model: int = 5, tokens: int = 40, seed: int = 0):
@@ -105,3 +105,65 @@ def test_a_down_vector_of_zero_is_free() -> None:
     order, costs = eliminate(gram[None], down[None])
     assert order[0, 0] == 4
     assert costs[0, 0] == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30])
+@pytest.mark.parametrize("place", [(0, 1), (2, 2)])
+def test_what_is_no_gram_matrix_costs_nan_and_leaves_the_others_of_its_batch_alone(
+    bad: float, place: tuple[int, int]
+) -> None:
+    gram, down = _expert(6)
+    damaged = gram.clone()
+    damaged[place] = damaged[place[::-1]] = bad
+    order, costs = eliminate(torch.stack([damaged, gram]), torch.stack([down, down]))
+    assert costs[0].isnan().all()
+    alone = eliminate(gram[None], down[None])
+    assert order[1].equal(alone.order[0])
+    torch.testing.assert_close(costs[1], alone.costs[0])
+
+
+def test_dependent_and_constant_coefficients_are_taken_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(5, 8, 4, generator=generator, dtype=torch.float64)
+    one = torch.randn(40, 1, generator=generator, dtype=torch.float64)
+    phis = [one.expand(-1, 8), torch.ones(40, 8), one * torch.arange(8), one[:1].expand(1, 8)]
+    grams = torch.stack([(phi.T @ phi).double() for phi in phis] + [torch.eye(8).double() * 1e-300])
+    order, costs = eliminate(grams, down)
+    assert costs.isfinite().all() and (costs >= 0).all()
+    assert order.sort(1).values.equal(torch.arange(8).repeat(5, 1))
+
+
+def _draws(tokens: int, d_ff: int = 48, seed: int = 0):
+    """Coefficients of micro-experts that have nothing to do with each other, and what they are
+    worth: that of twice as many tokens, so that chance has no part in it."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.exp(torch.randn(d_ff, generator=generator, dtype=torch.float64))
+    phi = torch.randn(tokens, d_ff, generator=generator, dtype=torch.float64) * size
+    down = torch.randn(d_ff, 6, generator=generator, dtype=torch.float64)
+    return phi, down, size.square() * down.square().sum(1)
+
+
+@pytest.mark.parametrize("tokens", [32, 48, 96, 400])
+def test_what_few_tokens_say_of_pairs_does_not_hide_what_a_micro_expert_is_worth(
+    tokens: int,
+) -> None:
+    lost = {}
+    for few in (False, True):
+        total = 0.0
+        for seed in range(8):
+            phi, down, worth = _draws(tokens, seed=seed)
+            gram = phi.T @ phi
+            order = eliminate((shrunk(gram, tokens) if few else gram)[None], down[None]).order[0]
+            total += float(worth[order[: len(order) * 4 // 10]].sum())
+        lost[few] = total
+    best = sum(float(_draws(tokens, seed=s)[2].sort().values[:19].sum()) for s in range(8))
+    assert lost[True] < lost[False]
+    assert lost[True] < (1.3 if tokens > 40 else 1.5) * best
+
+
+def test_many_tokens_are_believed() -> None:
+    gram, down = _expert(9)
+    few, many = eliminate(gram[None], down[None]), shrunk(gram.clone(), 10**6)
+    assert eliminate(many[None], down[None]).order.equal(few.order)
+    assert many.diagonal().equal(gram.diagonal())
+    torch.testing.assert_close(many, gram, rtol=1e-4, atol=0)

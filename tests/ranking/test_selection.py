@@ -27,7 +27,9 @@ def test_other_energies_fill_the_same_tiers_anew() -> None:
         shared=torch.tensor([0.0, 0.0, 2.0, 2.0]),
         tokens=ENERGIES.tokens,
     )
-    again = chosen_anew(others, selection)
+    # Vectors of no size add nothing to what an energy says.
+    norms = [torch.zeros(len(own), dtype=torch.float64) for own in others.per_expert]
+    again = chosen_anew(others, norms, selection)
     assert again.layout == selection.layout
     assert [rows.tolist() for rows in again.experts] == [[0, 3, 2, 1], [1]]
     assert [rows.tolist() for rows in again.shared] == [[2]]

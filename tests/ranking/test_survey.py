@@ -10,11 +10,13 @@ from transformers import AutoModelForCausalLM
 from camera_serve import Calibration, Recipe, TierPlan
 from camera_serve.calibration.streaming import ModelStream
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.ranking.elimination import eliminate
+from camera_serve.ranking.elimination import eliminate, shrunk
+from camera_serve.ranking.selection import ELSEWHERE
 from camera_serve.ranking.survey import (
     SURVEYED_SHARE,
     TOKENS_OF_AN_EXPERT,
     LayerSurvey,
+    _weight_of,
     survey_layer,
     surveyed_share,
 )
@@ -54,7 +56,8 @@ def test_the_layer_goes_on_as_it_is_and_weighs_by_its_residual_stream(surveyed) 
     path, tokens, survey, hidden = surveyed
     _, _, out = _dense(path, tokens)
     torch.testing.assert_close(hidden, out)
-    assert survey.weight == pytest.approx(1 / float(out.square().sum()), rel=1e-5)
+    sizes = out.flatten(0, 1).norm(dim=1).double()
+    assert survey.weight == pytest.approx(float(sizes.log().mean().exp()) ** -2, rel=1e-5)
 
 
 @pytest.mark.parametrize("expert", [0, 5])
@@ -73,7 +76,7 @@ def test_experts_are_taken_apart_by_what_they_made_of_their_tokens(surveyed, exp
         rtol=1e-4,
         atol=0,
     )
-    (_,), (costs,) = eliminate((phi.T @ phi)[None], down[None])
+    (_,), (costs,) = eliminate(shrunk(phi.T @ phi, len(phi))[None], down[None])
     torch.testing.assert_close(survey.costs[expert], costs, rtol=1e-2, atol=0)
 
 
@@ -85,7 +88,7 @@ def test_the_shared_expert_counts_by_its_gate(surveyed) -> None:
         hidden = functional.silu(shared.gate_proj(x)) * shared.up_proj(x)
         phi = (hidden * torch.sigmoid(moe.shared_expert_gate(x))).double()
         down = shared.down_proj.weight.T
-        (_,), (costs,) = eliminate((phi.T @ phi)[None], down[None])
+        (_,), (costs,) = eliminate(shrunk(phi.T @ phi, len(phi))[None], down[None])
     torch.testing.assert_close(survey.costs[-1], costs, rtol=1e-2, atol=0)
 
 
@@ -94,7 +97,8 @@ def test_a_survey_comes_back_from_its_tensors(surveyed) -> None:
     again = LayerSurvey.of(survey.tensors())
     assert again.weight == survey.weight
     assert again.energies.experts.equal(survey.energies.experts)
-    for part in ("order", "costs"):
+    assert again.apart.equal(survey.apart)
+    for part in ("order", "costs", "norms"):
         for one, other in zip(getattr(again, part), getattr(survey, part), strict=True):
             assert one.equal(other)
 
@@ -130,3 +134,30 @@ def test_where_nothing_is_removed_experts_are_taken_apart_by_energy(surveyed) ->
         assert survey.energies.per_expert[expert].equal(energies)
         assert survey.order[expert].equal(energies.argsort(stable=True))
         assert survey.costs[expert].equal(energies.sort().values)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1e4])
+def test_no_single_token_decides_what_a_layer_is_worth(size: float) -> None:
+    """A massive token as in large models, or one that is next to nothing, in one layer of two."""
+    hidden = torch.randn(4, 200, 16, generator=torch.Generator().manual_seed(0))
+    weight = _weight_of(hidden)
+    hidden[2, 17] *= size
+    assert _weight_of(hidden) == pytest.approx(weight, rel=0.05)
+    assert _weight_of(2 * hidden) == pytest.approx(_weight_of(hidden) / 4)
+    assert 0 < _weight_of(torch.zeros(1, 2, 16)) < torch.inf
+
+
+def test_what_a_text_never_used_is_worth_a_little_by_the_size_of_its_weights(surveyed) -> None:
+    path, _, survey, _ = surveyed
+    for energies, worth, norms in zip(
+        survey.energies.per_expert, survey.worth, survey.norms, strict=True
+    ):
+        assert (worth > energies).all()
+        extra = (worth - energies) / norms
+        torch.testing.assert_close(extra, extra[:1].expand_as(extra))
+    moe = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).model.layers[LAYER].mlp
+    down = moe.experts.down_proj[3].detach().double()
+    torch.testing.assert_close(survey.norms[3], down.square().sum(0))
+    squares = survey.energies.experts / torch.stack(survey.norms[:-1])
+    wanted = survey.energies.experts[3] + ELSEWHERE * squares.mean() * survey.norms[3]
+    torch.testing.assert_close(survey.worth[3], wanted)

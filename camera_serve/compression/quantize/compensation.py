@@ -48,8 +48,9 @@ def compensated(
     if shares is None:
         return Compensated(None, fit[0], held[0])
     fitted = down + shares @ down
-    # NaN is no gain.
-    better = gain_of(shares, *held, down) >= 0 and bool(fitted.isfinite().all())
+    # NaN is no gain; scales and zeros are float16.
+    largest = torch.finfo(torch.float16).max / 2
+    better = gain_of(shares, *held, down) > 0 and bool((fitted.abs() < largest).all())
     return Compensated(fitted if better else None, fit[0], held[0])
 
 

@@ -7,7 +7,8 @@ tier, split or order leaves it intact. Experts are solved many at a time.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import starmap
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -27,6 +28,9 @@ from camera_serve.ragged.layer import QuantizedRows, RaggedTier
 MIN_TOKENS = 32
 """Experts that saw fewer tokens are rounded to nearest: their Hessian would say too little."""
 
+TOKENS_PER_COLUMN = 8
+"""With so many tokens per column of a Hessian, half of what routing weights say of them is used."""
+
 Solver = Literal["gptq", "rtn"]
 
 Judges = Sequence[HeldBack | None]
@@ -38,13 +42,15 @@ class QuantizedExpert:
 
     rounded: to nearest, because it saw fewer than `MIN_TOKENS` tokens, or because what it saw gives
     no Hessian that could be factored. unpolished: what polishing made of it, or of its gate and up
-    or its down alone, was worse for tokens held back, and was not taken.
+    or its down alone, was worse for tokens held back, and was not taken. uncompensated: down does
+    not make up for what gate and up have lost, as that would not suit those tokens.
     """
 
     expert: int
     rows: dict[Projection, QuantizedRows]
     rounded: bool
     unpolished: bool = False
+    uncompensated: bool = False
 
 
 def quantize_experts(
@@ -64,11 +70,11 @@ def quantize_experts(
     experts: 16-bit rows, falling tiers in each expert; row_bits: int64 `[num_rows]`. Rows of 16
     bits come first in an expert and stay as they are, so they take no part in its error.
     weighted: tokens count in the Hessians by the square of their routing weight, as they do in the
-    output; refit: down makes up for what quantizing gate and up has lost, where held back tokens
-    are better off; polish: codes, scales and zeros are decided again with all others in place, by
-    Hessians of all tokens but those that are held back to judge it. Yields the experts with rows
-    below 16 bits, in order; a caller may overwrite the rows of an expert once it has been given it,
-    so that a layer need not be held twice.
+    output, where there are enough; refit: down makes up for what quantizing gate and up has lost,
+    where held back tokens are better off; polish: codes, scales and zeros are decided again with
+    all others in place, by Hessians of all tokens but those that are held back to judge it. Yields
+    the experts with rows below 16 bits, in order; a caller may overwrite the rows of an expert once
+    it has been given it, so that a layer need not be held twice.
     """
     packed = row_bits < 16
     widths = [int(packed[experts.rows(e)].sum()) for e in range(len(experts.offsets) - 1)]
@@ -78,12 +84,12 @@ def quantize_experts(
         usable = tuple(e if solver == "gptq" and seen[e] >= MIN_TOKENS else None for e in chunk)
         rows = [slice(experts.offsets[e + 1] - widths[e], experts.offsets[e + 1]) for e in chunk]
         batch = _Batch.load(experts, row_bits, rows, usable, device)
-        solved = _solve(batch, inputs if weighted else _unweighted(inputs), size, refit)
+        solved = _solve(batch, _tempered(inputs) if weighted else _unweighted(inputs), size, refit)
         # Or the next chunk would be loaded beside this one.
         del batch
-        for expert, (quantized, failed, worse) in zip(chunk, solved, strict=True):
-            rounded = failed or seen[expert] < MIN_TOKENS
-            yield QuantizedExpert(expert, quantized, rounded, unpolished=worse)
+        for expert, own in zip(chunk, solved, strict=True):
+            rounded = own.failed or seen[expert] < MIN_TOKENS
+            yield QuantizedExpert(expert, own.rows, rounded, own.unpolished, own.uncompensated)
 
 
 @dataclass(frozen=True)
@@ -134,20 +140,42 @@ def _unweighted(inputs: RoutedInputs) -> RoutedInputs:
     return replace(inputs, weights=tuple(torch.ones(len(tokens)) for tokens in inputs.tokens))
 
 
-def _solve(
-    batch: _Batch, inputs: RoutedInputs, size: SolveSize, refit: bool
-) -> list[tuple[dict[Projection, QuantizedRows], bool, bool]]:
-    """Each expert's quantized rows, whether a Hessian of it failed, and whether a polish was worse.
+def _tempered(inputs: RoutedInputs) -> RoutedInputs:
+    """Routing weights whose squares are the nearer to their mean the fewer tokens an expert saw.
 
-    inputs: of all tokens; `size.polish` says whether to polish.
+    Uneven weights let a Hessian rest on fewer tokens, which costs more than they are worth where it
+    has few for its width: a² counts by n / (n + 8 · d_model).
     """
+    enough = TOKENS_PER_COLUMN * inputs.x.shape[1]
+    squares = [weights.double().square() for weights in inputs.weights]
+    tempered = tuple(
+        own.lerp(own.mean(), enough / (len(own) + enough)).sqrt().float() for own in squares
+    )
+    return replace(inputs, weights=tempered)
+
+
+class _Solved(NamedTuple):
+    """One expert's quantized rows; failed: a Hessian could not be factored; the rest as in
+    `QuantizedExpert`."""
+
+    rows: dict[Projection, QuantizedRows]
+    failed: bool
+    unpolished: bool
+    uncompensated: bool
+
+
+def _solve(batch: _Batch, inputs: RoutedInputs, size: SolveSize, refit: bool) -> list[_Solved]:
+    """Every expert of a batch; inputs: of all tokens; `size.polish` says whether to polish."""
     judges: Judges = [None] * len(batch.experts)
     fitting = inputs
     if size.polish:
         fitting, judges = _judged(batch, inputs)
     gate_up, worse_gate_up = _solve_gate_up(batch, fitting, size, judges)
+    refused: list[int] = []
     if refit:
-        hessians = _compensate(batch, gate_up.dequantized, inputs, size.tokens_at_once, judges)
+        hessians, refused = _compensate(
+            batch, gate_up.dequantized, inputs, size.tokens_at_once, judges
+        )
     else:
         hessians = _hessians(
             batch,
@@ -159,7 +187,9 @@ def _solve(
     down, worse_down = _solve_down(batch, gate_up.dequantized, hessians, size, judges)
     failed = (gate_up.failed | down.failed).tolist()
     worse = [a or b for a, b in zip(worse_gate_up, worse_down, strict=True)]
-    return list(zip(_packed(batch, gate_up, down), failed, worse, strict=True))
+    uncompensated = [slot in refused for slot in range(len(failed))]
+    packed = _packed(batch, gate_up, down)
+    return list(starmap(_Solved, zip(packed, failed, worse, uncompensated, strict=True)))
 
 
 def _solve_gate_up(
@@ -263,12 +293,13 @@ def _packed(
 
 def _compensate(
     batch: _Batch, quantized: torch.Tensor, inputs: RoutedInputs, at_once: int, judges: Judges
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, list[int]]:
     """Let each expert's down make up, in place, for what its gate and up have lost.
 
-    Returns the Hessians of down, as `_hessians` gives them: without what is held back where that
-    has a polish to judge.
+    Returns the Hessians of down, as `_hessians` gives them, but without what is held back where
+    that has a polish to judge; and the slots of experts whose tokens fit nothing that is better.
     """
+    refused = []
     hessians = _identities(batch, batch.down.shape[1])
     for slot, expert in enumerate(batch.experts):
         if expert is None:
@@ -284,9 +315,11 @@ def _compensate(
         hessians[slot, :width, :width] = found.hessian
         if judges[slot] is None:
             hessians[slot, :width, :width] += found.held_back
-        if found.down is not None:
+        if found.down is None:
+            refused.append(slot)
+        else:
             batch.down[slot, :width] = found.down
-    return hessians
+    return hessians, refused
 
 
 def _identities(batch: _Batch, columns: int) -> torch.Tensor:

@@ -7,7 +7,8 @@ from torch.nn import functional
 
 from camera_serve.calibration.inputs import InputRecorder, RoutedInputs, every_token
 from camera_serve.compression.quantize import cost
-from camera_serve.compression.quantize.experts import QuantizedExpert, quantize_experts
+from camera_serve.compression.quantize import experts as experts_module
+from camera_serve.compression.quantize.experts import QuantizedExpert, _tempered, quantize_experts
 from camera_serve.compression.quantize.held_back import HeldBack
 from camera_serve.models.structure import PROJECTIONS
 from camera_serve.ragged.layer import QuantizedRows, RaggedTier
@@ -329,3 +330,34 @@ def test_chunks_and_batches_do_not_change_a_polish(monkeypatch: pytest.MonkeyPat
     parts = together(_parts(experts, inputs, 2, polish=True))
     for name in PROJECTIONS:
         assert (getattr(whole, name).codes != getattr(parts, name).codes).float().mean() < 0.01
+
+
+def test_routing_weights_count_the_more_the_more_tokens_there_are() -> None:
+    spreads = []
+    for tokens in (0, 1, 64, 512, 10**5):
+        weights = torch.rand(tokens, generator=torch.Generator().manual_seed(0)) + 0.01
+        inputs = RoutedInputs(torch.empty(tokens, 16), (torch.arange(tokens),), (weights,))
+        (tempered,) = _tempered(inputs).weights
+        assert len(tempered) == tokens and tempered.isfinite().all()
+        if tokens > 1:
+            torch.testing.assert_close(tempered.square().sum(), weights.square().sum())
+            spreads.append(float(tempered.square().std() / weights.square().std()))
+    assert spreads == pytest.approx([1 / 3, 0.8, 1], rel=0.01)
+
+
+def test_on_few_tokens_uneven_weights_cost_less_than_they_would() -> None:
+    """What GPTQ leaves on tokens that it was not given, weighted as far as there are tokens."""
+    errors = {"tempered": 0.0, "full": 0.0}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        experts, _ = make([32])
+        x = torch.randn(2064, D_MODEL) * torch.linspace(0.2, 2, D_MODEL)
+        weights = torch.rand(len(x)) ** 4
+        seen = RoutedInputs(x[:64], (torch.arange(64),), (weights[:64],))
+        held = RoutedInputs(x, (torch.arange(64, len(x)),), (weights[64:],))
+        for name, given in (("tempered", experts_module._tempered), ("full", lambda own: own)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(experts_module, "_tempered", given)
+                parts = _parts(experts, seen, 3, weighted=True)
+            errors[name] += weighted_error(experts, parts, held)
+    assert errors["tempered"] < 0.9 * errors["full"]
