@@ -8,6 +8,7 @@ import torch
 from camera_serve.checkpoint.experts import read_experts, read_shared_experts
 from camera_serve.checkpoint.format import DENSE_TIERS, Shapes, dense_layout, expert_shapes
 from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.report import CONVERSION_FILE, ConversionReport
 from camera_serve.checkpoint.workspace import (
     folder_identity,
     refuse_overlap,
@@ -19,6 +20,8 @@ from camera_serve.checkpoint.writer import (
     copy_side_files,
     require_space,
     serving_config,
+    sha256_of,
+    side_files_of,
     write_index,
     write_json,
     write_shard,
@@ -34,9 +37,10 @@ def convert_to_dense(source: Path, output: Path) -> None:
 
     An expert's kept micro-experts come first, in stored order, packed tiers as the weights they
     stand for, then zeros up to the original d_ff: a zero micro-expert adds nothing to the layer's
-    output (Eq. 2). `output` appears whole or not at all. Raises `CheckpointError` for a source that
-    is not compressed or contradicts its config, `OutputError` when `output` exists or cannot be
-    written.
+    output (Eq. 2). What was compressed how, and a checksum of each file, lies beside it
+    for `verify` (`ConversionReport`). `output` appears whole or not at all. Raises
+    `CheckpointError` for a source that is not compressed or contradicts its config, `OutputError`
+    when `output` exists or cannot be written.
     """
     output = output.resolve()
     refuse_overlap(source, output)
@@ -89,6 +93,17 @@ def _write(checkpoint: Checkpoint, shapes: Mapping[int, Shapes], folder: Path) -
     copy_side_files(checkpoint.path, folder)
     write_index(folder, files, total_bytes)
     write_json(folder / "config.json", serving_config(checkpoint, None))
+    _note(checkpoint, [*files, *side_files_of(folder)], folder)
+
+
+def _note(checkpoint: Checkpoint, files: list[str], folder: Path) -> None:
+    assert checkpoint.quantization
+    noted = ConversionReport(
+        recipe=checkpoint.quantization.recipe,
+        bits=checkpoint.quantization.bits,
+        sha256={name: sha256_of(folder / name) for name in files},
+    )
+    write_json(folder / CONVERSION_FILE, noted.model_dump(mode="json"))
 
 
 def _dense_experts(checkpoint: Checkpoint, layer: int, shapes: Shapes) -> dict[str, torch.Tensor]:

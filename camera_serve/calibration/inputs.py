@@ -57,6 +57,14 @@ class RoutedInputs:
             self._spans([slice(count, None) for count in counts]),
         )
 
+    def last(self, count: int) -> "RoutedInputs":
+        """The last `count` tokens alone."""
+        start = len(self.x) - count
+        later = self._spans([slice(int((own < start).sum()), None) for own in self.tokens])
+        return RoutedInputs(
+            self.x[start:], tuple(own - start for own in later.tokens), later.weights
+        )
+
     def _spans(self, spans: list[slice]) -> "RoutedInputs":
         tokens = tuple(t[span] for t, span in zip(self.tokens, spans, strict=True))
         weights = tuple(w[span] for w, span in zip(self.weights, spans, strict=True))

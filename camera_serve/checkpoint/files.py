@@ -9,15 +9,15 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from camera_serve.checkpoint.report import REPORT_FILE
+from camera_serve.checkpoint.report import CONVERSION_FILE, REPORT_FILE
 from camera_serve.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 RECIPE_FILE = "camera_recipe.yaml"
 LOG_FILE = "camera.log"
 
-WRITTEN_ANEW = {"config.json", "README.md", REPORT_FILE, RECIPE_FILE, LOG_FILE}
-"""Files of the folder itself that are made for each checkpoint, or by `compress` alone."""
+WRITTEN_ANEW = {"config.json", "README.md", REPORT_FILE, CONVERSION_FILE, RECIPE_FILE, LOG_FILE}
+"""Files of the folder itself that are made for each checkpoint, or by one command alone."""
 
 WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.distcp"),

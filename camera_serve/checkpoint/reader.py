@@ -36,7 +36,13 @@ from camera_serve.checkpoint.originals import (
     parse,
     storage_of,
 )
-from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport, StoredOriginal
+from camera_serve.checkpoint.report import (
+    CONVERSION_FILE,
+    REPORT_FILE,
+    CompressionReport,
+    ConversionReport,
+    StoredOriginal,
+)
 from camera_serve.errors import (
     CheckpointError,
     DamagedWeightsError,
@@ -387,6 +393,23 @@ def read_report(folder: Path) -> CompressionReport | None:
         raise CheckpointError(
             f"{file} is no report of camera-serve compress: {describe_errors(error)}; remove it, "
             "or compress the model again"
+        ) from error
+
+
+def read_conversion(folder: Path) -> ConversionReport | None:
+    """What `convert` noted in a checkpoint's folder, if it wrote it.
+
+    Raises `CheckpointError` for a file that is none.
+    """
+    file = folder / CONVERSION_FILE
+    if not file.exists():
+        return None
+    try:
+        return ConversionReport.model_validate(read_json(file))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{file} is not as camera-serve convert writes it: {describe_errors(error)}; copy it "
+            "again, or convert again"
         ) from error
 
 

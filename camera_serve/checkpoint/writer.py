@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from camera_serve.checkpoint.files import INDEX, side_files
 from camera_serve.checkpoint.format import NO_PLAIN_TRANSFORMERS, CameraQuantizationConfig
 from camera_serve.checkpoint.reader import QUANTIZATION_KEYS, Checkpoint, read_json
-from camera_serve.checkpoint.report import REPORT_FILE
+from camera_serve.checkpoint.report import CONVERSION_FILE, REPORT_FILE
 from camera_serve.errors import OutputError
 
 STATE = ".state"
@@ -84,7 +84,7 @@ def sha256_of(path: Path, hashed: Callable[[int], None] = lambda num_bytes: None
 def side_files_of(folder: Path) -> list[str]:
     """Names of what engines may read beside weights: config.json, tokenizer, chat template."""
     own = (file.name for file in folder.iterdir() if file.is_file())
-    names = {*map(str, side_files(folder)), *own} - {REPORT_FILE}
+    names = {*map(str, side_files(folder)), *own} - {REPORT_FILE, CONVERSION_FILE}
     return sorted(name for name in names if Path(name).suffix in READ_BY_ENGINES)
 
 

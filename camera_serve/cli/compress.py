@@ -196,6 +196,7 @@ def _summary(report: "CompressionReport", output: Path) -> str:
     stored = _stored_lines(report.stored, report.total_bytes_after)
     lines += [f"{name:<15} {value}" for name, value in stored]
     lines += [skipped_line(report.skipped)] if report.skipped else []
+    lines += _error_lines(report)
     more = "give more calibration text if they matter"
     if unseen := [len(r.unseen_experts) for r in report.layers if r.unseen_experts]:
         lines.append(
@@ -219,6 +220,7 @@ def _refused(report: "CompressionReport") -> dict[str, int]:
         "ranked by energy": sum(len(r.ranked_by_energy) for r in report.layers),
         "not refitted": sum(len(r.unfitted_experts) for r in report.layers),
         "not compensated": sum(len(r.uncompensated_experts) for r in report.layers),
+        "not polished": sum(len(r.unpolished_experts) for r in report.layers),
     }
 
 
@@ -228,6 +230,24 @@ def _refused_line(report: "CompressionReport") -> str:
         f"experts whose tokens do not bear a step out, so that it was left out: {parts} "
         f"(camera_report.json names them); more calibration text bears out more"
     )
+
+
+def _error_lines(report: "CompressionReport") -> list[str]:
+    """What was expected to be lost and what was, where both are known."""
+    known = [
+        (layer.predicted_error, layer.output_error, layer.layer)
+        for layer in report.layers
+        if layer.predicted_error is not None and layer.output_error is not None
+    ]
+    if not known:
+        return []
+    expected, found = (sum(errors) / len(known) for errors in list(zip(*known, strict=True))[:2])
+    furthest = max(known, key=lambda layer: abs(layer[1] - layer[0]))
+    return [
+        f"{'lost energy':<15} {percent(found)} on average over {len(known)} layers, "
+        f"{percent(expected)} expected; furthest off is {furthest[2]}: {percent(furthest[1])}, "
+        f"{percent(furthest[0])} expected"
+    ]
 
 
 def _stored_lines(stored: "StoredOriginal | None", after: int) -> list[tuple[str, str]]:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 LEAST_SEEN = 3
 HEADER = ("layer", "d_ff min", "median", "max", "empty", "shared", "removed", "bits", "bytes")
+BYTES_HEADER = ("layer", "bits", "min", "median", "max")
+BYTES_HEADING = (
+    "bits per weight of the original, of each layer and of its routed experts; its micro-experts:"
+)
 
 
 @click.command(short_help="Show layers, kept expert widths and bytes of a checkpoint.")
@@ -32,6 +36,8 @@ def inspect(model: str, as_json: bool) -> None:
         return
     click.echo(_summary(inspection))
     click.echo()
+    if inspection.plan:
+        click.echo(f"{BYTES_HEADING}\n{_bytes_table(inspection)}\n")
     click.echo(_layer_table(inspection))
 
 
@@ -81,6 +87,22 @@ def _layer_table(inspection: "Inspection") -> str:
         seen = [_least_seen(layer) for layer in inspection.layers]
         rows = [(*row, cell) for row, cell in zip(rows, seen, strict=True)]
     return table(header, rows)
+
+
+def _bytes_table(inspection: "Inspection") -> str:
+    """Where the bytes went: bits per weight of each layer and its experts, and its tiers."""
+    bits = sorted({b for layer in inspection.layers for b in layer.micro_experts_at}, reverse=True)
+    names = [f"{b} bit{'' if b == 1 else 's'}" if b else "removed" for b in bits]
+    rows: list[tuple[object, ...]] = [
+        (
+            layer.layer,
+            f"{layer.bits_per_original_weight:.2f}",
+            *(f"{each:.2f}" for each in layer.expert_bits_range),
+            *(layer.micro_experts_at.get(b, 0) for b in bits),
+        )
+        for layer in inspection.layers
+    ]
+    return table((*BYTES_HEADER, *names), rows)
 
 
 def _layer_row(layer: "LayerInspection") -> tuple[object, ...]:

@@ -25,7 +25,8 @@ WRONG = 2.0
 @click.option(
     "--against",
     metavar="MODEL",
-    help="The model OUT was made from: kept 16-bit micro-experts must be its own, to the bit.",
+    help="The model OUT was made from: kept 16-bit micro-experts must be its own, to the bit; of "
+    "fitted ones, gate and up.",
 )
 @click.option(
     "--calibration",
@@ -106,7 +107,7 @@ def _report(verification: "Verification") -> str:
         checked += (
             f"\nOK: {verification.num_checksums} files of weights"
             f"{others if verification.num_side_checksums else ''} are, by their SHA-256, those "
-            "that compress wrote"
+            f"that {verification.written_by} wrote"
         )
     if verification.against is None:
         return checked
@@ -115,11 +116,15 @@ def _report(verification: "Verification") -> str:
             f"{checked}\nOK: every tensor outside the experts is byte-equal; packed micro-experts "
             "are compared by what they put out, with --calibration TEXT"
         )
+    kept, fitted = "every kept micro-expert is one", ""
+    if verification.refitted:
+        kept = "gate and up of every kept micro-expert are those of one"
+        fitted = "; down vectors were fitted anew"
     header = ("layer", "dropped", "of", "share", "empty experts")
     rows = [_row(layer) for layer in verification.layers]
     equal = (
-        f"OK: every kept micro-expert is one of {verification.against}, none is kept twice, and "
-        "every other tensor is byte-equal"
+        f"OK: {kept} of {verification.against}, none is kept twice, and every other tensor is "
+        f"byte-equal{fitted}"
     )
     return f"{checked}\n{equal}\n\n{table(header, rows)}"
 

@@ -2,11 +2,12 @@
 
 A micro-expert j of layer l adds about c_l · E_j · ρ(b) to what the model gets wrong when it is
 stored in b bits: E_j its energy (`LayerSurvey.worth`), c_l the weight of its layer, ρ(b) the share
-of it that b bits lose (`RELATIVE_ERROR`). With μ for the worth of a byte, each takes the bits of
-least c_l · E_j · ρ(b) + μ · bytes(b), and μ is bisected until all of them fill the budget.
+of it that b bits lose (`losses_of`). With μ for the worth of a byte, each takes the bits of least
+c_l · E_j · ρ(b) + μ · bytes(b), and μ is bisected until all of them fill the budget.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -31,7 +32,13 @@ RELATIVE_ERROR: Mapping[int, float] = {
     1: 0.35,
     0: 1.0,
 }
-"""ρ: the share of a micro-expert's energy that so many bits lose, down refitted."""
+"""ρ where it is not measured: the share of a micro-expert's energy that so many bits lose."""
+
+TRUSTED = 4.0
+"""A layer's measured ρ counts as at most so many times the usual one, and at least 1 / that."""
+
+USUAL_COUNTS = 4
+"""The usual ρ counts as so many measured layers: layers differ twofold, and few may be measured."""
 
 _BISECTIONS = 100
 
@@ -82,7 +89,7 @@ def fill(
         tiers = tuple(Tier(bits=bits, fraction=share) for bits, share in shares.items() if share)
         return select_over_model(surveys, TierPlan(tiers=tiers), align)
     experts = _Experts.of(surveys, levels, align)
-    hulls = [_hull(costs, RELATIVE_ERROR) for _ in surveys]
+    hulls = [_hull(costs, losses_of(surveys))] * len(surveys)
     counted = experts.counts(experts.filled(hulls, costs, budget))
     stored = [level for level, bits in enumerate(levels) if bits and counted[:, level].any()]
     counts = iter(counted[:, stored].tolist())
@@ -91,6 +98,50 @@ def fill(
         _selection(survey, bits, [next(counts) for _ in survey.energies.per_expert])
         for survey in surveys
     ]
+
+
+def losses_of(surveys: Sequence[LayerSurvey]) -> dict[int, float]:
+    """ρ of this model: the geometric mean of `RELATIVE_ERROR` and what was measured in its layers.
+
+    Fewer bits never lose less than more bits, nor more than removal. One for all layers: each at
+    its own serves the model worse.
+    """
+    losses = {}
+    least = 0.0
+    for bits, usual in sorted(RELATIVE_ERROR.items(), reverse=True):
+        measured = [own.losses[bits] for own in surveys if bits in own.losses]
+        trusted = [min(max(each, usual / TRUSTED), usual * TRUSTED) for each in measured]
+        mean = statistics.geometric_mean([usual] * USUAL_COUNTS + trusted) if trusted else usual
+        losses[bits] = least = min(max(mean, least), RELATIVE_ERROR[0])
+    return losses
+
+
+def with_predictions(
+    surveys: Sequence[LayerSurvey], selections: Sequence[Selection]
+) -> list[Selection]:
+    """The selections, and what each is expected to lose of the energy of its layer."""
+    losses = losses_of(surveys)
+    return [
+        replace(selection, predicted_error=_predicted_error(survey, selection, losses))
+        for survey, selection in zip(surveys, selections, strict=True)
+    ]
+
+
+def _predicted_error(
+    survey: LayerSurvey, selection: Selection, losses: Mapping[int, float]
+) -> float:
+    """Σ_j E_j ρ(b_j) / Σ_j E_j; of a selection that only removes, what removal costs, for E_j ρ."""
+    layouts = (*selection.layout.experts, *selection.layout.shared)
+    kept = (*selection.experts, *selection.shared)
+    energies = survey.energies.per_expert
+    removal = survey.removal_scores if selection.bits == (16,) else energies
+    lost = 0.0
+    for own, gone, tiers, indices in zip(energies, removal, layouts, kept, strict=True):
+        lost += losses[0] * float(gone.sum() - gone[indices].sum())
+        for bits, span in zip(selection.bits, indices.split(list(tiers)), strict=True):
+            lost += losses[bits] * float(own[span].sum())
+    total = sum(float(own.sum()) for own in energies)
+    return max(lost, 0.0) / total if total else 0.0
 
 
 def least_bytes(micro_experts: Sequence[int], costs: Mapping[int, int], align: int) -> int:

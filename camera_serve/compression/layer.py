@@ -13,11 +13,12 @@ from camera_serve.calibration.inputs import InputRecorder, RoutedInputs, inputs_
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.checkpoint.experts import packed_tensors
 from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.compression.judging import Judge, rows_of_shared
 from camera_serve.compression.quantize.experts import quantize_experts
 from camera_serve.compression.refit import Refitted, refit_experts
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.ragged.layer import RaggedTier
-from camera_serve.ranking.layer import measure, record
+from camera_serve.ranking.layer import measure, record, scale_of_routed
 from camera_serve.ranking.selection import Selection, chosen_anew, norms_of, select, select_rows
 from camera_serve.recipe import Recipe
 
@@ -33,7 +34,8 @@ class CompressedLayer:
     experts in place; tokens: int64 `[num_experts]`, routed to each; rounded: routed experts that
     were rounded to nearest for want of tokens; unfitted: those, the shared one last, whose new down
     vectors did not suit the tokens that were held back; uncompensated: the same of those that were
-    to make up for quantizing.
+    to make up for quantizing; unpolished: those that keep GPTQ's codes; output_error: `Judge.error`
+    of what is left, None where nothing was surveyed or fitted.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -43,6 +45,8 @@ class CompressedLayer:
     rounded: tuple[int, ...]
     unfitted: tuple[int, ...]
     uncompensated: tuple[int, ...]
+    unpolished: tuple[int, ...]
+    output_error: float | None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class _Quantized(NamedTuple):
     tensors: dict[str, torch.Tensor]
     rounded: tuple[int, ...]
     uncompensated: tuple[int, ...]
+    unpolished: tuple[int, ...]
 
 
 @torch.inference_mode()
@@ -104,22 +109,28 @@ def compress_layer(
     of_shared = None
     if inputs and loaded.shared is not None:
         of_shared = inputs_of_shared(inputs, loaded.shared_gate)
+    judge = None
+    if inputs and (recipe.surveys or recipe.refit):
+        scale = scale_of_routed(loaded, stream.structure.moe_prefix(layer))
+        judge = Judge.of(loaded, inputs, of_shared, scale, stream.device)
     fit, fit_shared = (_fitting(own, recipe, stream) for own in (inputs, of_shared))
     routed = _kept_routed(stream, layer, loaded.experts, selection, fit)
     shared = _kept_shared(stream, layer, loaded.shared, selection, fit_shared)
     tensors: dict[str, torch.Tensor] = {}
     rounded: tuple[int, ...] = ()
     uncompensated: tuple[int, ...] = ()
+    unpolished: tuple[int, ...] = ()
     for kept in (routed, shared) if shared else (routed,):
         tensors |= _plain_tensors(stream.checkpoint, kept, selection.bits)
     if inputs and any(b < 16 for b in selection.bits):
         quantized = _quantize(routed, selection.bits, inputs, recipe, stream.device)
         tensors |= quantized.tensors
-        rounded, uncompensated = quantized.rounded, quantized.uncompensated
+        _, rounded, uncompensated, unpolished = quantized
         if shared and of_shared:
             quantized = _quantize(shared, selection.bits, of_shared, recipe, stream.device)
             tensors |= quantized.tensors
             uncompensated += (len(tokens),) * len(quantized.uncompensated)
+            unpolished += (len(tokens),) * len(quantized.unpolished)
     loaded.use_experts(routed.rows)
     if shared:
         set_shared(loaded.shared, shared.rows)
@@ -127,7 +138,10 @@ def compress_layer(
     if shared and shared.fitted.refused:
         unfitted = (*unfitted, len(tokens))
     going_on = replace(loaded, experts=routed.rows)
-    return CompressedLayer(tensors, going_on, tokens, selection, rounded, unfitted, uncompensated)
+    error = judge.error(routed.rows, shared.rows if shared else None) if judge else None
+    return CompressedLayer(
+        tensors, going_on, tokens, selection, rounded, unfitted, uncompensated, unpolished, error
+    )
 
 
 def _norms(loaded: StreamedLayer) -> list[torch.Tensor]:
@@ -191,8 +205,7 @@ def _kept_shared(
 ) -> _Kept | None:
     if shared is None:
         return None
-    gate, up, down = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight.T
-    whole = RaggedTier(gate, up, down, (0, len(gate)))
+    whole = rows_of_shared(shared)
     fitted = fit(whole, selection.shared)
     rows = select_rows(whole, fitted.kept, stream.device)
     if fitted.down[0] is not None:
@@ -243,7 +256,7 @@ def _quantize(
     packed, stored = tuple(b for b in bits if b < 16), torch.tensor(bits)
     row_bits = torch.cat([stored.repeat_interleave(torch.tensor(tiers)) for tiers in kept.counts])
     tensors: dict[str, torch.Tensor] = {}
-    rounded, uncompensated = [], []
+    rounded, uncompensated, unpolished = [], [], []
     for solved in quantize_experts(
         kept.rows,
         row_bits,
@@ -265,4 +278,6 @@ def _quantize(
             rounded.append(solved.expert)
         if solved.uncompensated:
             uncompensated.append(solved.expert)
-    return _Quantized(tensors, tuple(rounded), tuple(uncompensated))
+        if solved.unpolished:
+            unpolished.append(solved.expert)
+    return _Quantized(tensors, tuple(rounded), tuple(uncompensated), tuple(unpolished))

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,9 +42,10 @@ from camera_serve.checkpoint.writer import (
     write_shard,
     write_text,
 )
-from camera_serve.compression.allocation import fill, select_over_model
+from camera_serve.compression.allocation import fill, select_over_model, with_predictions
 from camera_serve.compression.fingerprint import explain, fingerprint
 from camera_serve.compression.layer import CompressedLayer, compress_layer
+from camera_serve.compression.losses import layers_to_measure, measure_losses
 from camera_serve.compression.sizing import (
     Estimate,
     check_fits,
@@ -55,6 +57,7 @@ from camera_serve.compression.sizing import (
 from camera_serve.errors import DamagedWeightsError, OutputError
 from camera_serve.models.building import auto_class_name
 from camera_serve.progress import OnNote, OnProgress, Reporter
+from camera_serve.ranking.gram import WIDEST
 from camera_serve.ranking.selection import Selection
 from camera_serve.ranking.survey import LayerSurvey, survey_layer, surveyed_share
 from camera_serve.recipe import Recipe, Settings
@@ -223,7 +226,8 @@ def _survey_layers(run: _Run, tokens: torch.Tensor, report: Reporter) -> dict[in
         share = surveyed_share(structure, run.recipe)
         _run_survey(run, tokens[: math.ceil(share * len(tokens))], report)
     surveys = [LayerSurvey.of(run.workspace.survey(layer)) for layer in structure.moe_layers]
-    return dict(zip(structure.moe_layers, _select(run, surveys), strict=True))
+    selections = with_predictions(surveys, _select(run, surveys))
+    return dict(zip(structure.moe_layers, selections, strict=True))
 
 
 def _run_survey(run: _Run, tokens: torch.Tensor, report: Reporter) -> None:
@@ -231,16 +235,19 @@ def _run_survey(run: _Run, tokens: torch.Tensor, report: Reporter) -> None:
     start, hidden = run.workspace.survey_point()
     hidden = run.stream.embed(tokens) if hidden is None else hidden
     report("survey", start)
-    layers = range(start, run.checkpoint.structure.num_layers)
-    removing = run.recipe.eliminates
+    structure = run.checkpoint.structure
+    measured = layers_to_measure(structure.moe_layers, structure.num_experts, run.recipe)
+    measure = partial(measure_losses, recipe=run.recipe, device=run.stream.device)
+    widest = WIDEST if run.recipe.eliminates else 0
+    layers = range(start, structure.num_layers)
     with run.stream.loading(layers) as load:
         for layer in layers:
             loaded, found = load(), {}
             if loaded.experts is None:
                 hidden = run.stream.run(layer, loaded, hidden)
             else:
-                survey = survey_layer(run.stream, layer, loaded, hidden, removing=removing)
-                found = survey.tensors()
+                losses_of = measure if layer in measured else None
+                found = survey_layer(run.stream, layer, loaded, hidden, widest, losses_of).tensors()
             del loaded
             run.workspace.commit_survey(layer, found, hidden)
             report("survey", layer + 1)
@@ -323,9 +330,12 @@ def _layer_result(
         shared_d_ff=layout.shared_d_ff,
         tokens_per_expert=tuple(compressed.tokens.tolist()),
         energy_kept=compressed.selection.energy_kept,
+        predicted_error=compressed.selection.predicted_error,
+        output_error=compressed.output_error,
         rounded_experts=compressed.rounded,
         unfitted_experts=compressed.unfitted,
         uncompensated_experts=compressed.uncompensated,
+        unpolished_experts=compressed.unpolished,
         ranked_by_energy=compressed.selection.by_energy,
     )
     logger.info(

@@ -2,15 +2,16 @@
 
 import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from camera_serve.checkpoint.format import DENSE_TIERS, dense_layout, expert_shapes
+from camera_serve.checkpoint.format import DENSE_TIERS, Tiers, dense_layout, expert_shapes
 from camera_serve.checkpoint.reader import Checkpoint, read_report
 from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport, StoredOriginal
 from camera_serve.errors import CheckpointError
-from camera_serve.models.structure import PROJECTIONS
+from camera_serve.models.structure import PROJECTIONS, MoeStructure
 from camera_serve.ragged.layout import LayerLayout
 
 
@@ -18,7 +19,9 @@ from camera_serve.ragged.layout import LayerLayout
 class LayerInspection:
     """One MoE layer: the d_ff each expert keeps, its bytes, and the calibration tokens it saw.
 
-    `tokens_per_expert` is None when no report lies beside the checkpoint.
+    `tokens_per_expert` is None when no report lies beside the checkpoint. `expert_bits`: what each
+    expert takes per weight of the original, the shared one last, scales and zeros counted;
+    `micro_experts_at`: how many are stored at each bit-width, 0 for the removed ones.
     """
 
     layer: int
@@ -28,12 +31,26 @@ class LayerInspection:
     expert_bytes: int
     d_model: int
     tokens_per_expert: tuple[int, ...] | None
+    expert_bits: tuple[float, ...] = ()
+    micro_experts_at: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight that is left, scales and zeros counted; 0 when none is left."""
         weights = self.micro_experts * len(PROJECTIONS) * self.d_model
         return 8 * self.expert_bytes / weights if weights else 0.0
+
+    @property
+    def bits_per_original_weight(self) -> float:
+        """Stored bits per weight that the original has, scales and zeros counted."""
+        weights = self.original_micro_experts * len(PROJECTIONS) * self.d_model
+        return 8 * self.expert_bytes / weights
+
+    @property
+    def expert_bits_range(self) -> tuple[float, float, float]:
+        """Least, median and most of `expert_bits`, of the routed experts."""
+        routed = self.expert_bits[: len(self.expert_d_ff)]
+        return min(routed), statistics.median(routed), max(routed)
 
     @property
     def micro_experts(self) -> int:
@@ -72,6 +89,9 @@ class LayerInspection:
             "removed_share": self.removed_share,
             "expert_bytes": self.expert_bytes,
             "bits_per_weight": self.bits_per_weight,
+            "bits_per_original_weight": self.bits_per_original_weight,
+            "expert_bits_per_original_weight": list(self.expert_bits),
+            "micro_experts_at_bits": {str(b): count for b, count in self.micro_experts_at.items()},
             "tokens_per_expert": self.tokens_per_expert and list(self.tokens_per_expert),
         }
 
@@ -202,7 +222,34 @@ def _inspect_layer(
         expert_bytes=sum(checkpoint.entries[name].num_bytes for name in names),
         d_model=structure.d_model,
         tokens_per_expert=tokens,
+        expert_bits=_expert_bits(checkpoint, layer, names),
+        micro_experts_at=_micro_experts_at(structure, layout, tiers),
     )
+
+
+def _expert_bits(checkpoint: Checkpoint, layer: int, names: Iterable[str]) -> tuple[float, ...]:
+    """Stored bits per weight of the original, expert by expert, the shared one last."""
+    structure = checkpoint.structure
+    owners = {
+        structure.expert_prefix(layer, expert, projection): expert
+        for expert in range(structure.num_experts)
+        for projection in PROJECTIONS
+    }
+    widths = [structure.d_ff] * structure.num_experts
+    if structure.shared_d_ff:
+        owners |= dict.fromkeys((structure.shared_prefix(layer, p) for p in PROJECTIONS), -1)
+        widths.append(structure.shared_d_ff)
+    taken = [0] * len(widths)
+    for name in names:
+        taken[owners[name.rpartition(".")[0]]] += checkpoint.entries[name].num_bytes
+    weights = [width * len(PROJECTIONS) * structure.d_model for width in widths]
+    return tuple(8 * size / count for size, count in zip(taken, weights, strict=True))
+
+
+def _micro_experts_at(structure: MoeStructure, layout: LayerLayout, tiers: Tiers) -> dict[int, int]:
+    counts = [sum(tier) for tier in zip(*layout.experts, *layout.shared, strict=True)]
+    removed = structure.micro_experts_per_layer - sum(counts)
+    return dict(zip(tiers.bits, counts, strict=True)) | {0: removed}
 
 
 def report_of(checkpoint: Checkpoint) -> CompressionReport | None:

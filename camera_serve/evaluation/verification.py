@@ -11,7 +11,7 @@ import torch
 
 from camera_serve.checkpoint.format import dense_layout
 from camera_serve.checkpoint.kept import stored_parts, weights_of
-from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.reader import Checkpoint, read_conversion
 from camera_serve.checkpoint.writer import is_left_behind, serving_config
 from camera_serve.errors import CheckpointError
 from camera_serve.evaluation.checksums import Checksums
@@ -46,9 +46,10 @@ class Verification:
     """What was checked and found right.
 
     `num_checksums` files of weights and `num_side_checksums` others that engines read are those
-    that `compress` wrote; 0 where it noted no checksums.
+    that `written_by`, compress or convert, wrote; 0 where it noted no checksums.
     `layers` is empty when there was no original to compare, and where tiers are `packed`: codes do
-    not tell which micro-expert of the original they stand for.
+    not tell which micro-expert of the original they stand for. `refitted`: down vectors are not the
+    original's, so that gate and up alone say whose a micro-expert is.
     """
 
     path: Path
@@ -58,6 +59,8 @@ class Verification:
     num_checksums: int
     num_side_checksums: int
     packed: bool
+    refitted: bool
+    written_by: str
     layers: tuple[LayerVerification, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -70,8 +73,33 @@ class Verification:
             "num_checksums": self.num_checksums,
             "num_side_checksums": self.num_side_checksums,
             "packed": self.packed,
+            "refitted": self.refitted,
+            "written_by": self.written_by,
             "layers": [asdict(layer) | {"num_dropped": layer.num_dropped} for layer in self.layers],
         }
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What compression has left of the original's experts, in a checkpoint or what it was before.
+
+    has_16_bits: some rows are the original's, and can be told from packed ones.
+    """
+
+    packed: bool
+    has_16_bits: bool
+    refitted: bool
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "_Made":
+        converted = None if checkpoint.quantization else read_conversion(checkpoint.path)
+        made = checkpoint.quantization or converted
+        if made is None:
+            return cls(packed=False, has_16_bits=True, refitted=False)
+        packed = min(made.bits) < 16
+        # Nothing tells them apart once packed ones are 16-bit weights too.
+        has_16_bits = not packed if converted else max(made.bits) == 16
+        return cls(packed, has_16_bits, made.recipe.refit)
 
 
 class _TensorError(CheckpointError):
@@ -89,21 +117,23 @@ def verify(
 
     With `against`: the config is the original's, every tensor outside the experts is byte-equal to
     it, and every micro-expert kept in 16 bits is exactly one of the original's, none kept twice;
-    packed ones are compared by `fidelity.output_errors`. Zeros in a dense checkpoint count as
-    dropped. Every file that an engine reads is compared with its checksum in camera_report.json.
+    packed ones are compared by `fidelity.output_errors`. Where down vectors were fitted to what was
+    removed, gate and up are the original's. Zeros in a dense checkpoint count as dropped. Every
+    file that an engine reads is compared with its checksum in camera_report.json, or of a converted
+    checkpoint in camera_conversion.json.
     Raises `CheckpointError` naming the first tensor and row at fault, or the file, or both.
     """
     checkpoint = Checkpoint.open(path)
     original = _open_original(checkpoint, against) if against else None
     checksums = Checksums.of(checkpoint)
-    bits = checkpoint.quantization.bits if checkpoint.quantization else (16,)
-    total = _bytes_to_read(checkpoint, original, bits) + checksums.num_bytes
+    made = _Made.of(checkpoint)
+    total = _bytes_to_read(checkpoint, original, made) + checksums.num_bytes
     report = Reporter(total, torch.device("cpu"), on_progress, "bytes")
     report("verify", 0)
     hashed = partial(report.advance, "verify checksums")
     checksums.check_side_files(hashed)
     try:
-        layers = _read_tensors(checkpoint, original, bits, report)
+        layers = _read_tensors(checkpoint, original, made, report)
     except _TensorError as error:
         raise CheckpointError(f"{error}{checksums.verdict(error.file)}") from error
     finally:
@@ -116,7 +146,9 @@ def verify(
         total_bytes=checkpoint.total_bytes,
         num_checksums=len(checksums.weights),
         num_side_checksums=len(checksums.side_files),
-        packed=min(bits) < 16,
+        packed=made.packed,
+        refitted=made.refitted,
+        written_by=checksums.command,
         layers=tuple(layers),
     )
 
@@ -139,19 +171,17 @@ def _open_original(checkpoint: Checkpoint, against: Path) -> Checkpoint:
     return original
 
 
-def _bytes_to_read(
-    checkpoint: Checkpoint, original: Checkpoint | None, bits: tuple[int, ...]
-) -> int:
+def _bytes_to_read(checkpoint: Checkpoint, original: Checkpoint | None, made: _Made) -> int:
     """What `_read_tensors` reads, the original's tensors included."""
     outside = checkpoint.total_bytes - checkpoint.expert_bytes
     if original is None:
         return checkpoint.total_bytes
-    compared = original.expert_bytes if max(bits) == 16 else 0
+    compared = original.expert_bytes if made.has_16_bits else 0
     return checkpoint.total_bytes + outside + compared
 
 
 def _read_tensors(
-    checkpoint: Checkpoint, original: Checkpoint | None, bits: tuple[int, ...], report: Reporter
+    checkpoint: Checkpoint, original: Checkpoint | None, made: _Made, report: Reporter
 ) -> list[LayerVerification]:
     """Read all weights, and compare with the original's what both have in 16 bits."""
     for name in sorted(checkpoint.entries.keys() - checkpoint.expert_names):
@@ -162,14 +192,14 @@ def _read_tensors(
     layers = []
     for layer in checkpoint.structure.moe_layers:
         read = _expert_bytes(checkpoint, layer)
-        compares = original is not None and max(bits) == 16
+        compares = original is not None and made.has_16_bits
         for name in _names(checkpoint, layer):
             # What is compared is read there.
             if not (compares and name.endswith(".weight")):
                 checkpoint.get(name)
         if original and compares:
-            compared = _verify_layer(checkpoint, original, layer)
-            layers += [compared] if min(bits) == 16 else []
+            compared = _verify_layer(checkpoint, original, layer, made)
+            layers += [] if made.packed else [compared]
             read += _expert_bytes(original, layer)
         report.advance("verify tensors", read)
     return layers
@@ -267,9 +297,11 @@ def _names(checkpoint: Checkpoint, layer: int) -> list[str]:
     return sorted(name for name in checkpoint.expert_names if name.startswith(prefix))
 
 
-def _verify_layer(checkpoint: Checkpoint, original: Checkpoint, layer: int) -> LayerVerification:
+def _verify_layer(
+    checkpoint: Checkpoint, original: Checkpoint, layer: int, made: _Made
+) -> LayerVerification:
     experts = list(_expert_names(original, layer))
-    dropped = [_dropped(checkpoint, original, names) for names in experts]
+    dropped = [_dropped(checkpoint, original, names, made) for names in experts]
     num_experts = original.structure.num_experts
     present = [names["gate"] in checkpoint.entries for names in experts[:num_experts]]
     return LayerVerification(
@@ -281,7 +313,9 @@ def _verify_layer(checkpoint: Checkpoint, original: Checkpoint, layer: int) -> L
     )
 
 
-def _dropped(checkpoint: Checkpoint, original: Checkpoint, names: ExpertNames) -> tuple[int, ...]:
+def _dropped(
+    checkpoint: Checkpoint, original: Checkpoint, names: ExpertNames, made: _Made
+) -> tuple[int, ...]:
     """Original indices that the expert no longer holds, every kept one matched to its original."""
     ours, theirs = _read_expert(checkpoint, names), _read_expert(original, names)
     if ours and theirs:
@@ -289,9 +323,7 @@ def _dropped(checkpoint: Checkpoint, original: Checkpoint, names: ExpertNames) -
             _check_same_dtype(checkpoint, original, name)
     # Refitted down vectors are nobody's: gate and up say whose they are, checksums that they are
     # the ones that were written.
-    quantization = checkpoint.quantization
-    refitted = quantization is not None and quantization.recipe.refit
-    compared = [p for p in PROJECTIONS if not (refitted and p == "down")]
+    compared = [p for p in PROJECTIONS if not (made.refitted and p == "down")]
     unmatched: dict[bytes, list[int]] = defaultdict(list)
     for index, triple in enumerate(_triples(theirs, compared)):
         unmatched[triple].append(index)
@@ -299,7 +331,7 @@ def _dropped(checkpoint: Checkpoint, original: Checkpoint, names: ExpertNames) -
         if checkpoint.quantization is None and not any(triple):
             continue  # What `camera_serve.converters.dense` fills up with.
         if triple not in unmatched:
-            raise _mismatch(checkpoint, original, names, row, ours, theirs)
+            raise _mismatch(checkpoint, original, names, row, ours, theirs, compared)
         if not unmatched[triple]:
             raise _TensorError(
                 checkpoint.entries[names["gate"]].file,
@@ -333,8 +365,10 @@ def _mismatch(
     row: int,
     ours: dict[Projection, torch.Tensor],
     theirs: dict[Projection, torch.Tensor],
+    compared: Sequence[Projection],
 ) -> _TensorError:
-    for projection, name in names.items():
+    for projection in compared:
+        name = names[projection]
         known = theirs and (theirs[projection] == ours[projection][row]).all(dim=1).any()
         if not known:
             kind = "column" if projection == "down" else "row"
@@ -345,6 +379,6 @@ def _mismatch(
             )
     return _TensorError(
         checkpoint.entries[names["gate"]].file,
-        f"row {row} of {names['gate']} and its partners in up and down are from different "
-        f"micro-experts of {original.path}",
+        f"row {row} of {names['gate']} and its partners in {' and '.join(compared[1:])} are from "
+        f"different micro-experts of {original.path}",
     )

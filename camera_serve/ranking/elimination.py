@@ -71,7 +71,7 @@ def _eliminate(gram: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, to
     whole = gram / sizes / sizes[:, None]
     whole.diagonal().fill_(1)
     factor, failed = torch.linalg.cholesky_ex(whole)
-    if int(failed) or not factor.isfinite().all():
+    if int(failed) or not (squares.isfinite().all() and factor.isfinite().all()):
         return torch.arange(len(gram), device=gram.device), torch.full_like(squares, torch.nan)
     inverse = torch.cholesky_inverse(factor)
     products = (down @ down.T).to(gram) * sizes * sizes[:, None]

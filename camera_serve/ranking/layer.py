@@ -102,14 +102,18 @@ def run_measured(
     hidden: torch.Tensor,
     alpha: float,
     widest_gram: int = 0,
+    recorder: InputRecorder | None = None,
 ) -> Measured:
     """Run the calibration tokens through one MoE layer as it is; the energies of its experts.
 
     hidden: `[samples, seq_len, d_model]`, the layer's input, which its output takes the place of.
-    Experts of up to `widest_gram` micro-experts have their Gram matrices summed too.
+    Experts of up to `widest_gram` micro-experts have their Gram matrices summed too. `recorder`
+    keeps what the routed experts were given.
     """
     assert loaded.experts is not None
     routed, shared = MeasuredExperts(loaded.experts, stream.device), None
+    if recorder:
+        routed.register_forward_pre_hook(recorder)
     meters: list[RoutedExpertsMeter | SharedExpertMeter] = [routed.meter]
     if loaded.shared is not None:
         shared = MeasuredSharedExpert(loaded.shared, loaded.shared_gate)

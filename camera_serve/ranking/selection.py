@@ -42,7 +42,8 @@ class Selection:
 
     bits: of the tiers, falling; experts[e], shared[s]: int64 indices into the expert's original
     d_ff. energy_kept: the kept micro-experts' share of the layer's energy. by_energy: experts, the
-    shared one last, that were to be ranked by what taking out costs, and were not.
+    shared one last, that were to be ranked by what taking out costs, and were not; predicted_error:
+    the share of the energy that is expected to be lost, by a survey of the model.
     """
 
     bits: tuple[int, ...]
@@ -51,6 +52,7 @@ class Selection:
     shared: list[torch.Tensor]
     energy_kept: float
     by_energy: tuple[int, ...] = ()
+    predicted_error: float | None = None
 
 
 def select(energies: LayerEnergies, plan: TierPlan, align: int) -> Selection:

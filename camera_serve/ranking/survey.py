@@ -7,13 +7,15 @@ expert, micro-experts are taken out one after another (`camera_serve.ranking.eli
 others making up for them.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
+from camera_serve.calibration.inputs import InputRecorder, RoutedInputs
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.models import MoeStructure
+from camera_serve.ragged.layer import RaggedTier
 from camera_serve.ranking.elimination import eliminate, shrunk
 from camera_serve.ranking.gram import MIN_TOKENS, WIDEST
 from camera_serve.ranking.layer import run_measured
@@ -40,6 +42,10 @@ def surveyed_share(structure: MoeStructure, recipe: Recipe) -> float:
     return max(1 / SURVEYED_SHARE, min(1, TOKENS_OF_AN_EXPERT / seen))
 
 
+LossesOf = Callable[[RaggedTier[torch.Tensor], RoutedInputs], Mapping[int, float]]
+"""Measures what bit-widths lose, on a layer's routed experts and what each was given."""
+
+
 @dataclass(frozen=True)
 class LayerSurvey:
     """What the micro-experts of one MoE layer are worth, expert by expert, the shared one last.
@@ -47,7 +53,8 @@ class LayerSurvey:
     energies: Eq. 11 with α = 0, Σφ² ‖w‖²; weight: of the layer, 1 / ‖h‖²; order[e]: int64
     `[d_ff_e]`, in which they are taken out of expert e; costs[e]: float64 `[d_ff_e]`, in the same
     order, never falling; norms[e]: float64 `[d_ff_e]`, ‖w‖²; apart: bool `[num_experts]`, false for
-    one that goes by energy, as its Gram matrix says too little or it has none.
+    one that goes by energy, as its Gram matrix says too little or it has none; losses: the share of
+    what an expert gives that a bit-width loses, where it was measured.
     """
 
     energies: LayerEnergies
@@ -56,6 +63,7 @@ class LayerSurvey:
     costs: tuple[torch.Tensor, ...]
     norms: tuple[torch.Tensor, ...]
     apart: torch.Tensor
+    losses: Mapping[int, float] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it, as a file holds it."""
@@ -68,6 +76,8 @@ class LayerSurvey:
             "costs": torch.cat(self.costs),
             "norms": torch.cat(self.norms),
             "apart": self.apart,
+            "measured_bits": torch.tensor([*self.losses], dtype=torch.int64),
+            "losses": torch.tensor([*self.losses.values()], dtype=torch.float64),
         }
 
     @classmethod
@@ -76,7 +86,10 @@ class LayerSurvey:
         energies = LayerEnergies(tensors["experts"], tensors["shared"], tensors["tokens"])
         widths = [len(part) for part in energies.per_expert]
         order, costs, norms = (tensors[name].split(widths) for name in ("order", "costs", "norms"))
-        return cls(energies, float(tensors["weight"]), order, costs, norms, tensors["apart"])
+        measured, losses = tensors["measured_bits"].tolist(), tensors["losses"].tolist()
+        by_bits = dict(zip(measured, losses, strict=True))
+        weight, apart = float(tensors["weight"]), tensors["apart"]
+        return cls(energies, weight, order, costs, norms, apart, by_bits)
 
     @property
     def worth(self) -> list[torch.Tensor]:
@@ -98,18 +111,18 @@ def survey_layer(
     layer: int,
     loaded: StreamedLayer,
     hidden: torch.Tensor,
-    *,
-    removing: bool = True,
+    widest: int = WIDEST,
+    losses_of: LossesOf | None = None,
 ) -> LayerSurvey:
     """Run the calibration tokens through one MoE layer of the dense model.
 
-    hidden: `[samples, seq_len, d_model]`, the layer's input, which its output takes the place of.
-    removing: others make up for what is taken out; or else order and costs are by energy, as
-    nothing of a plan that only packs depends on them.
+    hidden: `[samples, seq_len, d_model]`, the layer's input, which its output takes the place of;
+    widest: wider experts are not taken apart, but ranked by energy; 0: none is; losses_of: what
+    measures the losses of bit-widths here; None: nothing.
     """
     assert loaded.experts is not None
-    widest = WIDEST if removing else 0
-    energies, scale, grams = run_measured(stream, layer, loaded, hidden, 0.0, widest)
+    recorder = InputRecorder() if losses_of else None
+    energies, scale, grams = run_measured(stream, layer, loaded, hidden, 0.0, widest, recorder)
     down = loaded.experts.down.view(*energies.experts.shape, -1)
     norms = list(norms_of(down.flatten(0, 1)).view(energies.experts.shape))
     found = list(_removals(energies.experts, grams[0], down, energies.tokens, scale))
@@ -119,8 +132,11 @@ def survey_layer(
         norms.append(norms_of(down[0]))
         found += _removals(energies.shared[None], grams[1], down, every, 1.0)
     order, costs, apart = zip(*found, strict=True)
-    weight = _weight_of(hidden)
-    return LayerSurvey(energies, weight, order, costs, tuple(norms), torch.tensor(apart))
+    losses: Mapping[int, float] = {}
+    if losses_of and recorder:
+        losses = losses_of(loaded.experts, recorder.routed(stream.structure.num_experts))
+    by_pairs, weight = torch.tensor(apart), _weight_of(hidden)
+    return LayerSurvey(energies, weight, order, costs, tuple(norms), by_pairs, losses)
 
 
 def _weight_of(hidden: torch.Tensor) -> float:

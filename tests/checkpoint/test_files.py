@@ -32,6 +32,7 @@ from camera_serve import Calibration, Recipe, TierPlan, compress
 from camera_serve.checkpoint.files import NOT_DOWNLOADED, side_files
 from camera_serve.checkpoint.format import MARKER_FILE
 from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.checkpoint.report import CONVERSION_FILE
 from camera_serve.checkpoint.writer import copy_side_files
 from tests import tiny_models
 from tests.editing import digest
@@ -184,7 +185,7 @@ def test_a_converted_folder_keeps_nothing_that_compress_wrote(model: Path, tmp_p
     convert_to_dense(compressed(model, tmp_path / "compressed"), tmp_path / "out")
     extra = digest(tmp_path / "out").keys() - digest(model).keys()
     shards = {file.name for file in (tmp_path / "out").glob("model-*.safetensors")}
-    assert extra == shards | {"model.safetensors.index.json"}
+    assert extra == shards | {"model.safetensors.index.json", CONVERSION_FILE}
 
 
 STALE = (

@@ -49,14 +49,33 @@ def test_a_summary_counts_what_was_left_out_by_step(
     assert result.exit_code == 0, result.output
     layers = json.loads((tmp_path / "out" / "camera_report.json").read_text())["layers"]
     counts = {
-        "ranked by energy": sum(len(layer["ranked_by_energy"]) for layer in layers),
+        "ranked by energy": sum(len(layer.get("ranked_by_energy", ())) for layer in layers),
         "not refitted": sum(len(layer["unfitted_experts"]) for layer in layers),
-        "not compensated": sum(len(layer["uncompensated_experts"]) for layer in layers),
+        "not compensated": sum(len(layer.get("uncompensated_experts", ())) for layer in layers),
     }
     assert any(counts.values())
     (said,) = [line for line in result.stdout.splitlines() if "so that it was left out: " in line]
     for what, count in counts.items():
         assert (f"{count} {what}" in said) == bool(count)
+
+
+def test_it_says_what_was_lost_and_where_most_else_than_expected(
+    run: Run, model: Path, small: list[str], tmp_path: Path
+) -> None:
+    result = run("compress", model, "-o", tmp_path / "out", "--prune", 0.5, *small)
+    layers = json.loads((tmp_path / "out" / "camera_report.json").read_text())["layers"]
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("lost energy"))
+    found, expected = (
+        [layer[error] for layer in layers] for error in ("output_error", "predicted_error")
+    )
+    furthest = max(range(2), key=lambda n: abs(found[n] - expected[n]))
+    assert line == (
+        f"lost energy     {50 * sum(found):.1f}% on average over 2 layers, {50 * sum(expected):.1f}"
+        f"% expected; furthest off is model.layers.{furthest}.mlp: {100 * found[furthest]:.1f}%, "
+        f"{100 * expected[furthest]:.1f}% expected"
+    )
+    plain = run("compress", model, "-o", tmp_path / "plain", "--prune", 0.5, "--paper", *small)
+    assert "lost energy" not in plain.stdout
 
 
 def test_every_flag_reaches_the_recipe(

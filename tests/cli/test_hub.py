@@ -130,7 +130,7 @@ def test_a_compressed_model_of_the_hub_is_as_compress_wrote_it(
     run: Run, model: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    assert run("compress", model, "-o", out, "--prune", "0.4", "--paper", *small).exit_code == 0
+    assert run("compress", model, "-o", out, "--prune", "0.4", *small).exit_code == 0
     with serving(out) as hub:
         done = download(hub, tmp_path / "hf")
     assert done.returncode == 0, done.stderr

@@ -1,11 +1,12 @@
 """`camera-serve inspect`: the printed table and JSON hold the checkpoint's real widths."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 
-from camera_serve.cli.inspect import _layer_table
+from camera_serve.cli.inspect import BYTES_HEADING, _bytes_table, _layer_table
 from camera_serve.evaluation.inspection import Inspection, LayerInspection
 from tests import pruning
 from tests.cli.conftest import Run
@@ -65,3 +66,38 @@ def test_layers_without_shared_experts_show_a_dash() -> None:
     inspection = Inspection(Path("x"), "olmoe", None, 4, 2, 1, 8, 4, 0, 0, 0, (layer,))
     row = _layer_table(inspection).splitlines()[1].split()
     assert row == ["3", "1", "1.5", "2", "0", "-", "62.5%", "2.00", "9", "B"]
+
+
+def test_where_the_bytes_went_is_shown_of_a_compressed_model(
+    run: Run, model: Path, small: list[str], tmp_path: Path
+) -> None:
+    how = ["--plan", "16:0.1,2:0.5,0:0.4", "--align", 1, "--group-size", 32, "--paper"]
+    run("compress", model, "-o", tmp_path / "out", *how, *small)
+    data = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    lines = run("inspect", tmp_path / "out").stdout.splitlines()
+    header = lines[lines.index(BYTES_HEADING) + 1].split("  ")
+    assert [cell.strip() for cell in header if cell][-3:] == ["16 bits", "2 bits", "removed"]
+    for line, layer in zip(lines[lines.index(BYTES_HEADING) + 2 :], data["layers"], strict=False):
+        each = layer["expert_bits_per_original_weight"][:8]
+        figures = [layer["bits_per_original_weight"], min(each), statistics.median(each), max(each)]
+        counts = layer["micro_experts_at_bits"].values()
+        shown = [str(layer["layer"]), *(f"{figure:.2f}" for figure in figures), *map(str, counts)]
+        assert line.split() == shown
+        assert sum(counts) == 8 * 64 + 96
+
+
+def test_a_large_model_s_tables_are_readable() -> None:
+    every = {bits: 196_608 for bits in (16, 8, 4, 3, 2, 1, 0)}
+    widths = (1536,) * 128
+    layers = tuple(
+        LayerInspection(n, widths, (), 196_608, 2**30, 2048, (1000,) * 128, (10.25,) * 128, every)
+        for n in range(48)
+    )
+    inspection = Inspection(Path("x"), "x", "x", 48, 128, 8, 2048, 1536, 0, 0, 0, layers)
+    tables = (_bytes_table(inspection), _layer_table(inspection))
+    assert all(len(line) <= 100 for made in tables for line in made.splitlines())
+    assert len(tables[0].splitlines()) == 49
+
+
+def test_a_dense_model_has_no_table_of_bytes(run: Run, model: Path) -> None:
+    assert BYTES_HEADING not in run("inspect", model).stdout

@@ -74,11 +74,13 @@ def test_another_family_is_not_the_original(run: Run, compressed: Path, tmp_path
 def test_what_compress_writes_is_verified(
     run: Run, model: Path, small: list[str], tmp_path: Path
 ) -> None:
-    how = ["--prune", 0.5, "--align", 8, "--paper"]
+    how = ["--prune", 0.5, "--align", 8]
     run("compress", model, "-o", tmp_path / "real", *how, *small)
     result = run("verify", tmp_path / "real", "--against", model)
     assert result.exit_code == 0, result.output
-    assert [line.split()[1] for line in result.stdout.splitlines()[-2:]] == ["304", "304"]
+    dropped = [int(line.split()[1]) for line in result.stdout.splitlines()[-2:]]
+    assert sum(dropped) == 2 * 304
+    assert "OK: gate and up of every kept micro-expert are those of one of" in result.stdout
     # config.json, its marker, index, generation settings, and three of the tokenizer.
     assert "OK: 3 files of weights and 7 more that engines read, config.json" in result.stdout
     found = json.loads(run("verify", tmp_path / "real", "--json").stdout)

@@ -13,9 +13,13 @@ from camera_serve import TierPlan
 from camera_serve.compression.allocation import (
     KEPT_OF_A_LAYER,
     RELATIVE_ERROR,
+    TRUSTED,
+    USUAL_COUNTS,
     fill,
     least_bytes,
+    losses_of,
     select_over_model,
+    with_predictions,
 )
 from camera_serve.ranking.selection import LayerEnergies, Selection
 from camera_serve.ranking.survey import LayerSurvey
@@ -232,3 +236,65 @@ def test_experts_that_were_not_taken_apart_are_told_where_that_decides() -> None
     pruned = select_over_model(surveys, TierPlan.prune(0.5), 1)
     packed = select_over_model(surveys, TierPlan.parse("3:0.5,0:0.5"), 1)
     assert [s.by_energy for s in (*pruned, *packed)] == [(1, 3), (1, 3), (), ()]
+
+
+def test_losses_are_those_that_were_measured_of_the_model() -> None:
+    surveys = _made_up(3, [1.0] * 3)
+    assert losses_of(surveys) == RELATIVE_ERROR
+    surveys[0] = replace(surveys[0], losses={2: 0.05, 1: 0.2})
+    surveys[2] = replace(surveys[2], losses={2: 0.3})
+    usual = RELATIVE_ERROR
+    wanted = {
+        2: (usual[2] ** USUAL_COUNTS * 0.05 * 0.3) ** (1 / (USUAL_COUNTS + 2)),
+        1: (usual[1] ** USUAL_COUNTS * 0.2) ** (1 / (USUAL_COUNTS + 1)),
+    }
+    assert losses_of(surveys) == pytest.approx(usual | wanted)
+
+
+def test_the_more_layers_are_measured_the_less_the_usual_counts() -> None:
+    found = []
+    for count in (1, 4, 48):
+        surveys = _made_up(count, [1.0] * count)
+        measured = [replace(survey, losses={2: 0.16}) for survey in surveys]
+        found.append(losses_of(measured)[2])
+    assert RELATIVE_ERROR[2] < found[0] < found[1] < found[2] < 0.16
+    assert found[2] == pytest.approx(0.16, rel=0.06)
+
+
+def test_losses_are_bounded_and_never_fall_with_fewer_bits() -> None:
+    measured = {4: 1e-9, 3: 0.5, 2: 0.03, 1: 9.0}
+    surveys = [replace(survey, losses=measured) for survey in _made_up(40, [1.0] * 40)]
+    losses = losses_of(surveys)
+    assert RELATIVE_ERROR[4] / TRUSTED < losses[4] < RELATIVE_ERROR[4] / TRUSTED * 1.2
+    assert losses[3] < RELATIVE_ERROR[3] * TRUSTED
+    assert losses[3] == losses[2]
+    assert losses[1] == losses[0] == 1.0
+
+
+def test_bits_that_lose_more_in_this_model_are_given_to_fewer() -> None:
+    surveys = _made_up(3, [1.0] * 3)
+    found = {}
+    for factor in (0.5, 1, 2):
+        losses = {2: factor * RELATIVE_ERROR[2]}
+        measured = [replace(survey, losses=losses) for survey in surveys]
+        selections = fill(measured, COSTS, 3 * 4 * 32 * 640, 1)
+        found[factor] = counts_of(selections)[2]
+    assert found[0.5] > found[1] > found[2]
+
+
+def test_a_prediction_is_what_the_selection_minimises() -> None:
+    surveys = _made_up(3, [2.0] * 3, shared=16)
+    selections = with_predictions(surveys, fill(surveys, COSTS, 3 * 4 * 32 * 500, 1))
+    energies = [sum(map(float, map(sum, s.energies.per_expert))) for s in surveys]
+    lost = sum(2 * s.predicted_error * e for s, e in zip(selections, energies, strict=True))
+    assert lost == pytest.approx(loss_of(surveys, selections))
+
+
+def test_removal_is_predicted_by_what_taking_out_costs() -> None:
+    (survey,) = _made_up(1, [1.0])
+    cheaper = replace(survey, costs=tuple(own / 4 for own in survey.costs))
+    for own in (survey, cheaper):
+        selections = select_over_model([own], TierPlan.prune(0.5), 1)
+        (selection,) = with_predictions([own], selections)
+        gone = 1 - selection.energy_kept
+        assert selection.predicted_error == pytest.approx(gone / (4 if own is cheaper else 1))

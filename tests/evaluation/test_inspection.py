@@ -7,7 +7,7 @@ import pytest
 
 from camera_serve.errors import CheckpointError
 from camera_serve.evaluation.inspection import Inspection, LayerInspection, inspect
-from tests import pruning, tiny_models
+from tests import pruning, quantized, tiny_models
 
 D_MODEL, D_FF, SHARED_D_FF, NUM_EXPERTS = 64, 64, 96, 8
 MICRO_EXPERT_BYTES = 3 * D_MODEL * 2
@@ -124,3 +124,37 @@ def _write_report(folder: Path, tokens: list[int]) -> None:
     }
     report = {"model": "m", "recipe": recipe, "fingerprint": {}, "layers": layers, **sizes}
     (folder / "camera_report.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "granitemoe"])
+def test_where_the_bytes_went_is_known_of_each_expert(family: str, tmp_path: Path) -> None:
+    model = tiny_models.save(family, tmp_path / "model")
+    quantized.compress(model, tmp_path / "out", "16:0.1,3:0.2,2:0.4,1:0.1,0:0.2")
+    structure = pruning.structure_of(model)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    # 32 weights in a group: a float16 scale and zero take one bit each per weight.
+    bits = {16: 16.0, 3: 4.0, 2: 3.0, 1: 2.0}
+    for layer in inspect(tmp_path / "out").layers:
+        counts = config["layers"][structure.moe_prefix(layer.layer)]
+        widths = [structure.d_ff] * structure.num_experts + [structure.shared_d_ff]
+        tiers = [*counts["experts"], *counts["shared"]]
+        wanted = [
+            sum(n * bits[b] for n, b in zip(own, config["bits"], strict=True)) / width
+            for own, width in zip(tiers, widths, strict=False)
+        ]
+        assert layer.expert_bits == pytest.approx(wanted)
+        low, median, high = layer.expert_bits_range
+        assert low == pytest.approx(min(wanted[: structure.num_experts]))
+        assert low <= median <= high <= 16
+        columns = zip(*tiers, strict=True)
+        held = {b: sum(column) for b, column in zip(config["bits"], columns, strict=True)}
+        gone = structure.micro_experts_per_layer - sum(held.values())
+        assert layer.micro_experts_at == held | {0: gone}
+        total = sum(held[b] * bits[b] for b in held) / structure.micro_experts_per_layer
+        assert layer.bits_per_original_weight == pytest.approx(total)
+
+
+def test_a_dense_model_takes_16_bits_everywhere(dense: Path) -> None:
+    for layer in inspect(dense).layers:
+        assert set(layer.expert_bits) == {16.0}
+        assert layer.micro_experts_at == {16: layer.original_micro_experts, 0: 0}

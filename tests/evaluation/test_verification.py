@@ -11,9 +11,10 @@ import torch
 from camera_serve.converters.dense import convert_to_dense
 from safetensors.torch import load_file, save_file
 
+from camera_serve import Calibration, Recipe, TierPlan, compress
 from camera_serve.checkpoint import writer
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.checkpoint.report import REPORT_FILE
+from camera_serve.checkpoint.report import CONVERSION_FILE, REPORT_FILE
 from camera_serve.errors import CheckpointError
 from camera_serve.evaluation import checksums
 from camera_serve.evaluation.verification import verify
@@ -499,3 +500,70 @@ def test_reports_of_older_versions_have_no_checksums(mixed: Path, tmp_path: Path
 def test_the_original_is_not_compressed_itself(mixed: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is compressed itself .* was made from"):
         verify(mixed, mixed)
+
+
+@pytest.fixture(scope="module", params=["16:0.5,0:0.5", "2:0.6,0:0.4", "16:0.4,2:0.4,0:0.2"])
+def fitted(
+    dense: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, Path]:
+    """A checkpoint whose down vectors are fitted to what was lost, and the dense one of it."""
+    folder = tmp_path_factory.mktemp("fitted")
+    text = folder / "text.txt"
+    text.write_text(Path(__file__).read_text())
+    calibration = Calibration(source=str(text), samples=6, seq_len=128)
+    recipe = Recipe(
+        plan=TierPlan.parse(request.param), calibration=calibration, align=1, group_size=32
+    )
+    compress(dense, folder / "out", recipe)
+    convert_to_dense(folder / "out", folder / "dense")
+    return folder / "out", folder / "dense"
+
+
+def test_what_was_fitted_is_verified_as_such_when_it_is_dense_again(
+    dense: Path, fitted: tuple[Path, Path]
+) -> None:
+    compressed, converted = (verify(path, dense) for path in fitted)
+    assert compressed.refitted and converted.refitted
+    assert compressed.packed == converted.packed
+    assert (compressed.written_by, converted.written_by) == ("compress", "convert")
+    assert converted.num_checksums == compressed.num_checksums == 3
+    assert converted.num_side_checksums > 0
+    assert [layer.experts for layer in converted.layers] == [
+        layer.experts for layer in compressed.layers
+    ]
+    assert bool(converted.layers) != converted.packed
+
+
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj", "down_proj"])
+def test_damage_to_what_was_fitted_is_found_when_it_is_dense_again(
+    dense: Path, fitted: tuple[Path, Path], tmp_path: Path, projection: str
+) -> None:
+    out = Path(shutil.copytree(fitted[1], tmp_path / "dense"))
+    name = f"{EXPERT_2}.{projection}.weight"
+    (shard,) = (file for file in out.glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(shard)
+    tensors[name][0, 0] += 0.5
+    save_file(tensors, shard, metadata={"format": "pt"})
+    compared = projection != "down_proj" and not verify(fitted[0], dense).packed
+    found = f"{name}, row 0 is no row" if compared else "its SHA-256 is"
+    for against in (None, dense):
+        with pytest.raises(CheckpointError, match=f"{shard.name}.* not the file that convert"):
+            verify(out, against)
+    with pytest.raises(CheckpointError, match=found):
+        verify(out, dense)
+
+
+def test_a_conversion_does_not_speak_for_what_is_made_of_it(
+    fitted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    quantized.compress(fitted[1], tmp_path / "again", "16:0.5,0:0.5")
+    assert not (tmp_path / "again" / CONVERSION_FILE).exists()
+    found = verify(tmp_path / "again", fitted[1])
+    assert not found.refitted and found.written_by == "compress"
+
+
+def test_a_conversion_that_is_none_is_refused(fitted: tuple[Path, Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(fitted[1], tmp_path / "dense"))
+    (out / CONVERSION_FILE).write_text('{"version": 2}')
+    with pytest.raises(CheckpointError, match=rf"{CONVERSION_FILE} is not as .*convert again"):
+        verify(out)

@@ -1,5 +1,6 @@
 """The survey of a model against transformers' own forward, and plans over all its layers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,9 @@ def test_the_shared_expert_counts_by_its_gate(surveyed) -> None:
 
 def test_a_survey_comes_back_from_its_tensors(surveyed) -> None:
     _, _, survey, _ = surveyed
+    survey = replace(survey, losses={3: 0.5, 1: 0.25})
     again = LayerSurvey.of(survey.tensors())
+    assert again.losses == survey.losses
     assert again.weight == survey.weight
     assert again.energies.experts.equal(survey.energies.experts)
     assert again.apart.equal(survey.apart)
@@ -128,7 +131,7 @@ def test_where_nothing_is_removed_experts_are_taken_apart_by_energy(surveyed) ->
     stream = ModelStream(Checkpoint.open(path), CPU, torch.float32)
     hidden = stream.embed(tokens)
     for layer in range(LAYER + 1):
-        survey = survey_layer(stream, layer, stream.load(layer), hidden, removing=False)
+        survey = survey_layer(stream, layer, stream.load(layer), hidden, 0)
     assert survey.weight == removing.weight
     for expert, energies in enumerate(removing.energies.per_expert):
         assert survey.energies.per_expert[expert].equal(energies)
