@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from camera_serve.checkpoint.report import CompressionReport
+    from camera_serve.compression.analysis import AnalysisReport, AnalysisSettings, analyze
     from camera_serve.compression.pipeline import compress, estimate
     from camera_serve.compression.sizing import Estimate
     from camera_serve.progress import Progress
-    from camera_serve.ranking.analysis import AnalysisReport, AnalysisSettings, analyze
     from camera_serve.recipe import Calibration, Recipe, TierPlan
 
 __all__ = [
@@ -26,15 +26,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AnalysisReport": "ranking.analysis",
-    "AnalysisSettings": "ranking.analysis",
+    "AnalysisReport": "compression.analysis",
+    "AnalysisSettings": "compression.analysis",
     "Calibration": "recipe",
     "CompressionReport": "checkpoint.report",
     "Estimate": "compression.sizing",
     "Progress": "progress",
     "Recipe": "recipe",
     "TierPlan": "recipe",
-    "analyze": "ranking.analysis",
+    "analyze": "compression.analysis",
     "compress": "compression.pipeline",
     "estimate": "compression.pipeline",
 }

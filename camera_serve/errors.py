@@ -29,6 +29,10 @@ class CalibrationError(CameraError):
     """The calibration text cannot be read or holds too few tokens."""
 
 
+class AnalysisError(CameraError):
+    """An analysis is damaged, has no survey, or was made from other inputs."""
+
+
 class CheckpointError(CameraError):
     """A checkpoint is missing files or tensors, or its tensors contradict its config."""
 

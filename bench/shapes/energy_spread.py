@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from bench import reference
 from camera_serve.checkpoint.reader import Checkpoint, read_json
 from camera_serve.checkpoint.writer import write_json
+from camera_serve.compression.analysis import AnalysisSettings, analyze
 from camera_serve.ragged.layout import rank
-from camera_serve.ranking.analysis import AnalysisSettings, analyze
 from camera_serve.ranking.selection import LayerEnergies
 from camera_serve.recipe import Calibration, Settings
 

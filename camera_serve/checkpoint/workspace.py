@@ -98,6 +98,14 @@ class Workspace:
         write_shard(self._survey(layer), tensors)
         _enter(self._surveyed, layer + 1, hidden)
 
+    def take_survey(
+        self, layers: Mapping[int, Mapping[str, torch.Tensor]], num_layers: int
+    ) -> None:
+        """Record what a survey of all `num_layers` has found elsewhere."""
+        for layer, tensors in layers.items():
+            write_shard(self._survey(layer), tensors)
+        _enter(self._surveyed, num_layers, torch.empty(0))
+
     @property
     def bytes_written(self) -> int:
         """What an earlier run of this output already takes on the disk."""

@@ -18,7 +18,7 @@ from camera_serve.cli.progress import shown_progress
 from camera_serve.errors import quoted
 
 if TYPE_CHECKING:
-    from camera_serve.ranking.analysis import AnalysisReport, LayerSummary
+    from camera_serve.compression.analysis import AnalysisReport, LayerSummary
 
 
 @click.command(short_help="Rank a model's micro-experts by energy.")
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 @with_flags(CALIBRATION_FLAGS)
 @with_flags(RUN_FLAGS)
 def analyze(model: str, output: Path, **flags: Any) -> None:
-    """Measure the energy of every micro-expert of MODEL and write energies and ranking to -o."""
+    """Measure what every micro-expert of MODEL is worth and write it to -o.
+
+    Written are energies, a ranking, and what compress begins with: give it the folder with
+    --analysis, for any number of sizes.
+    """
     from camera_serve import AnalysisSettings
     from camera_serve import analyze as run
 
@@ -44,7 +48,8 @@ def analyze(model: str, output: Path, **flags: Any) -> None:
     click.echo(_summary(report))
     if report.skipped:
         click.echo(skipped_line(report.skipped))
-    click.echo(f"wrote {output}; next: camera-serve compress {quoted(model)} -o OUT --prune 0.4")
+    command = f"camera-serve compress {quoted(model)} -o OUT --analysis {quoted(output)}"
+    click.echo(f"wrote {output}; next: {command} --prune 0.4")
 
 
 def _summary(report: "AnalysisReport") -> str:

@@ -22,7 +22,7 @@ from camera_serve.errors import quoted
 
 if TYPE_CHECKING:
     from camera_serve.checkpoint.report import CompressionReport, StoredOriginal
-    from camera_serve.compression.sizing import Estimate
+    from camera_serve.compression.sizing import Allocation, Estimate
     from camera_serve.recipe import Recipe
 
 
@@ -126,8 +126,20 @@ if TYPE_CHECKING:
     "written in 16 bits.",
 )
 @with_flags(CALIBRATION_FLAGS)
+@click.option(
+    "--analysis",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="What camera-serve analyze wrote of MODEL, in place of a pass over it: one serves any "
+    "number of sizes. Its calibration flags are taken where none are given.",
+)
 @with_flags(RUN_FLAGS)
-@click.option("--dry-run", is_flag=True, help="Print sizes, memory, disk and time; write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print sizes, memory, disk and time, with --analysis also the bits that micro-experts "
+    "get; write nothing.",
+)
 @click.option("--resume", is_flag=True, help="Continue an interrupted run, to the same bytes.")
 @click.pass_context
 def compress(ctx: click.Context, model: str, output: Path, **flags: Any) -> None:
@@ -138,7 +150,7 @@ def compress(ctx: click.Context, model: str, output: Path, **flags: Any) -> None
     """
     recipe = recipe_from(ctx)
     if flags["dry_run"]:
-        _estimate(model, recipe, flags["device"])
+        _estimate(model, recipe, flags["device"], flags["analysis"])
         return
     from camera_serve import compress as run
 
@@ -148,6 +160,7 @@ def compress(ctx: click.Context, model: str, output: Path, **flags: Any) -> None
             output,
             recipe,
             device=flags["device"],
+            analysis=flags["analysis"],
             resume=flags["resume"],
             overwrite=flags["overwrite"],
             on_progress=on_progress,
@@ -156,10 +169,10 @@ def compress(ctx: click.Context, model: str, output: Path, **flags: Any) -> None
     click.echo(_summary(report, output))
 
 
-def _estimate(model: str, recipe: "Recipe", device: str) -> None:
+def _estimate(model: str, recipe: "Recipe", device: str, analysis: Path | None) -> None:
     from camera_serve import estimate
 
-    click.echo(_estimate_summary(estimate(model, recipe, device=device)))
+    click.echo(_estimate_summary(estimate(model, recipe, device=device, analysis=analysis)))
     click.echo("nothing was written; next: the same command without --dry-run")
 
 
@@ -171,8 +184,9 @@ def _estimate_summary(estimate: "Estimate") -> str:
         (estimate.tier_bytes, "of finished experts"),
     )
     lines = [
-        ("expert weights", experts + human_bytes(estimate.expert_bytes_after)),
-        ("checkpoint", human_bytes(estimate.output_bytes)),
+        ("expert weights", experts + _size(estimate, estimate.expert_bytes_after)),
+        ("checkpoint", _size(estimate, estimate.output_bytes)),
+        *_allocation_lines(estimate.allocation),
         *_stored_lines(estimate.stored, estimate.output_bytes),
         ("peak memory", f"{human_bytes(estimate.peak_memory_bytes)}, beside Python and torch"),
         ("  one layer", ", ".join(f"{human_bytes(size)} {what}" for size, what in parts)),
@@ -187,6 +201,34 @@ def _estimate_summary(estimate: "Estimate") -> str:
         ("time", f"about {human_seconds(estimate.seconds)}"),
     ]
     return "\n".join(f"{name:<15} {value}" for name, value in lines)
+
+
+def _size(estimate: "Estimate", num_bytes: int) -> str:
+    """How sure it is: of a size it is a limit until the model has been analyzed."""
+    if estimate.allocation:
+        return f"{human_bytes(num_bytes)} ({num_bytes:,} bytes)"
+    if not estimate.spare_bytes:
+        return human_bytes(num_bytes)
+    share = estimate.spare_bytes / num_bytes
+    near = "0.1%" if share <= 0.001 else human_bytes(estimate.spare_bytes)
+    return f"at most {human_bytes(num_bytes)}, within {near}"
+
+
+def _allocation_lines(allocation: "Allocation | None") -> list[tuple[str, str]]:
+    """The tiers that a model gets, and what that is expected to lose."""
+    if allocation is None:
+        return []
+    every = sum(allocation.micro_experts.values())
+    lines = [
+        (
+            f"  {bits} bit{'s' if bits > 1 else ''}" if bits else "  removed",
+            f"{count:,} of {every:,} micro-experts, {percent(count / every)}",
+        )
+        for bits, count in allocation.micro_experts.items()
+        if count
+    ]
+    loss = f"{100 * allocation.expected_loss:.3g}% of what the micro-experts add to the model"
+    return [*lines, ("expected loss", loss)]
 
 
 def _summary(report: "CompressionReport", output: Path) -> str:

@@ -37,6 +37,10 @@ _NOTHING_PACKED = (
 _OF_THE_PAPER = (
     "is decided by --paper, which has a share of every layer and fits nothing: drop one."
 )
+_NOT_THE_PAPER = (
+    "stands for a pass over the whole model, and --paper makes none: it ranks each layer as it "
+    "comes to it. Drop one."
+)
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -150,11 +154,24 @@ def recipe_from(ctx: click.Context) -> "Recipe":
     own = {name: flags[name] for name in settings} | _goal(ctx, given[0])
     if flags["paper"]:
         _refuse(ctx, ("budget", "sweeps", "bits_per_weight", "size"), _OF_THE_PAPER)
+        _refuse(ctx, ("analysis",), _NOT_THE_PAPER)
         own |= {"version": 2} | PAPER
+    if flags["analysis"] is not None:
+        flags = flags | _as_analyzed(ctx, flags["analysis"])
     recipe = validated(Recipe, calibration_values(flags) | own)
     if not recipe.packed:
         _refuse(ctx, ["group_size", "solver"], _NOTHING_PACKED)
     return recipe
+
+
+def _as_analyzed(ctx: click.Context, analysis: Path) -> dict[str, Any]:
+    """The calibration flags that are not given, as an analysis had them."""
+    from camera_serve.compression.stored_analysis import StoredAnalysis
+
+    settings = StoredAnalysis.open(analysis).report.settings
+    had: dict[str, Any] = {"calibration": settings.calibration.sources, "alpha": settings.alpha}
+    had |= settings.calibration.model_dump(exclude={"source"}) | {"dtype": settings.dtype}
+    return {name: value for name, value in had.items() if not _is_given(ctx, name)}
 
 
 def _goal(ctx: click.Context, given: str) -> dict[str, Any]:
@@ -216,8 +233,12 @@ def _plan(flags: dict[str, Any]) -> "TierPlan":
 def _refuse(ctx: click.Context, names: Iterable[str], why: str) -> None:
     """Raise `UsageError` for the first of these settings that was given."""
     for name in names:
-        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+        if _is_given(ctx, name):
             raise click.UsageError(f"{_flag(name)} {why}")
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
 def _by_flag(error: "ValidationError") -> str:

@@ -144,6 +144,20 @@ def _predicted_error(
     return max(lost, 0.0) / total if total else 0.0
 
 
+def expected_loss(surveys: Sequence[LayerSurvey], selections: Sequence[Selection]) -> float:
+    """About which share of the experts' energy is lost, layers weighed as they matter."""
+    losses = losses_of(surveys)
+    whole = [
+        survey.weight * sum(float(own.sum()) for own in survey.energies.per_expert)
+        for survey in surveys
+    ]
+    lost = [
+        total * _predicted_error(survey, selection, losses)
+        for total, survey, selection in zip(whole, surveys, selections, strict=True)
+    ]
+    return sum(lost) / sum(whole) if sum(whole) else 0.0
+
+
 def least_bytes(micro_experts: Sequence[int], costs: Mapping[int, int], align: int) -> int:
     """What the experts take at least, when so many are in each layer."""
     cheapest = min(cost for bits, cost in costs.items() if bits)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.recipe import Recipe
+from camera_serve.recipe import Calibration, Recipe
 
 FORMAT = "2"
 """Changes whenever a part gets another meaning: only records of one format can be compared."""
@@ -25,7 +25,10 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_
 """What a tokenizer of the supported families is made of."""
 
 _FILE, _RECIPE, _TOKENS = "file ", "recipe.", "calibration tokens"
+_CALIBRATION = f"{_RECIPE}calibration."
 _WAY_BACK = {
+    "device": "--device {}",
+    "dtype": "--dtype {}",
     "threads": "set OMP_NUM_THREADS={}",
     "torch": "pip install torch=={}",
     "transformers": "pip install transformers=={}",
@@ -36,7 +39,7 @@ _WAY_BACK = {
 def fingerprint(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    tokens: torch.Tensor,
+    tokens: torch.Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, str]:
@@ -44,14 +47,45 @@ def fingerprint(
 
     The inputs count by what they hold, not by where they lie or how old they are: config and
     tokenizer files and the tokens of the calibration text as a whole, files of weights by samples.
+    Tokens that are not known yet are left out.
     """
+    return _inputs(checkpoint, _settings(recipe), tokens, device, dtype)
+
+
+def fingerprint_of_survey(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    tokens: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, str]:
+    """Identify what a survey finds by its inputs: those of a run that no recipe decides."""
+    return _inputs(checkpoint, _windows(calibration), tokens, device, dtype)
+
+
+def part_of_survey(run: Mapping[str, str]) -> dict[str, str]:
+    """Of a run's fingerprint what `fingerprint_of_survey` has."""
+    return {
+        part: found
+        for part, found in run.items()
+        if part.startswith(_CALIBRATION) or not part.startswith(_RECIPE)
+    }
+
+
+def _inputs(
+    checkpoint: Checkpoint,
+    settings: Mapping[str, str],
+    tokens: torch.Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, str]:
     # On a GPU they decide nothing.
     threads = {"threads": str(torch.get_num_threads())} if device.type == "cpu" else {}
     return {
         "format": FORMAT,
         **_model_files(checkpoint),
-        **_settings(recipe),
-        _TOKENS: _hex(hashlib.sha256(tokens.numpy().tobytes())),
+        **settings,
+        **({} if tokens is None else {_TOKENS: _hex(hashlib.sha256(tokens.numpy().tobytes()))}),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         **threads,
@@ -128,10 +162,15 @@ def _settings(recipe: Recipe) -> dict[str, str]:
     """The recipe without the place of the calibration text: its tokens count."""
     # Without `keep_fp8` where it is not asked for: older runs have recorded none.
     parts = recipe.model_dump(mode="json") | {"plan": recipe.goal}
-    calibration = parts.pop("calibration")
-    del calibration["source"]
-    parts |= {f"calibration.{key}": value for key, value in calibration.items()}
-    return {f"{_RECIPE}{key}": str(value) for key, value in parts.items()}
+    del parts["calibration"]
+    settings = {f"{_RECIPE}{key}": str(value) for key, value in parts.items()}
+    return settings | _windows(recipe.calibration)
+
+
+def _windows(calibration: Calibration) -> dict[str, str]:
+    """How the calibration text is drawn from."""
+    parts = calibration.model_dump(mode="json", exclude={"source"})
+    return {f"{_CALIBRATION}{key}": str(value) for key, value in parts.items()}
 
 
 def _of_tokenizer(name: str) -> bool:
@@ -139,7 +178,7 @@ def _of_tokenizer(name: str) -> bool:
 
 
 def _decides_tokens(part: str) -> bool:
-    return part.startswith(f"{_RECIPE}calibration.") or _of_tokenizer(part.removeprefix(_FILE))
+    return part.startswith(_CALIBRATION) or _of_tokenizer(part.removeprefix(_FILE))
 
 
 def _about_files(names: list[str]) -> str:

@@ -42,19 +42,19 @@ from camera_serve.checkpoint.writer import (
     write_shard,
     write_text,
 )
-from camera_serve.compression.allocation import fill, select_over_model, with_predictions
-from camera_serve.compression.fingerprint import explain, fingerprint
+from camera_serve.compression.fingerprint import explain, fingerprint, part_of_survey
 from camera_serve.compression.layer import CompressedLayer, compress_layer
 from camera_serve.compression.losses import layers_to_measure, measure_losses
 from camera_serve.compression.sizing import (
     Estimate,
+    allocate,
+    allocation_for,
     check_fits,
     disk_bytes,
     estimate_for,
-    expert_budget,
-    micro_expert_costs,
 )
-from camera_serve.errors import DamagedWeightsError, OutputError
+from camera_serve.compression.stored_analysis import StoredAnalysis
+from camera_serve.errors import DamagedWeightsError, OutputError, RecipeError
 from camera_serve.models.building import auto_class_name
 from camera_serve.progress import OnNote, OnProgress, Reporter
 from camera_serve.ranking.gram import WIDEST
@@ -79,17 +79,41 @@ class _Run:
     kept: OutsideExperts | None
 
 
-def estimate(model: str | Path, recipe: Recipe, *, device: str = "auto") -> Estimate:
+def estimate(
+    model: str | Path, recipe: Recipe, *, device: str = "auto", analysis: Path | None = None
+) -> Estimate:
     """What `compress` would write, hold and take, without writing anything.
 
     Local calibration text is looked at: too little raises `CalibrationError`. None is downloaded.
+    `analysis`: as of `compress`; what a size gives the micro-experts is then known.
     """
     source = resolve(str(model))
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
-    found = estimate_for(checkpoint, recipe, pick_device(device))
-    if HUB_SETS.keys().isdisjoint(recipe.calibration.sources):
-        windows_for(checkpoint, recipe.calibration)
+    check_fits(checkpoint, recipe)
+    stored = _given(analysis, recipe)
+    local = HUB_SETS.keys().isdisjoint(recipe.calibration.sources)
+    tokens = windows_for(checkpoint, recipe.calibration).tokens if local else None
+    target, allocation = pick_device(device), None
+    if stored:
+        dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
+        stored.require(part_of_survey(fingerprint(checkpoint, recipe, tokens, target, dtype)))
+        surveys = stored.surveys(checkpoint.structure)
+        allocation = allocation_for(checkpoint, recipe, [*surveys.values()])
+    return estimate_for(checkpoint, recipe, target, allocation)
+
+
+def _given(analysis: Path | None, recipe: Recipe) -> StoredAnalysis | None:
+    """The analysis to begin with, if any; raises `RecipeError` where there is nothing to begin."""
+    if analysis is None:
+        return None
+    if not recipe.surveys:
+        raise RecipeError(
+            "--analysis stands for a pass over the whole model, which a recipe with budget layer "
+            "and without elimination (such as --paper) does not make: leave out --analysis"
+        )
+    found = StoredAnalysis.open(Path(analysis))
+    found.require_text(recipe.calibration)
     return found
 
 
@@ -99,6 +123,7 @@ def compress(
     recipe: Recipe,
     *,
     device: str = "auto",
+    analysis: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
@@ -109,7 +134,8 @@ def compress(
     model: a local folder, or what the hub calls it (`ModelName.parse`). The output appears by
     rename when it is complete; the finished layers of an interrupted run stay in `OUTPUT.partial`
     and `resume` continues it to the same bytes. One run writes an output at a time; `on_note` is
-    told what `resume` did not find.
+    told what `resume` did not find. `analysis`: a folder that `analyze` wrote of the same model and
+    calibration text, in place of a pass over the dense model.
     Raises `CameraError` subclasses for everything a user can set right.
     """
     source = resolve(str(model))
@@ -118,12 +144,17 @@ def compress(
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
     check_fits(checkpoint, recipe)
+    stored = _given(analysis, recipe)
     kept = kept_in_fp8(checkpoint) if recipe.keep_fp8 else None
     target = pick_device(device)
     dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
     with sole_writer(output, "compress"):
         windows = windows_for(checkpoint, recipe.calibration)
         print_ = fingerprint(checkpoint, recipe, windows.tokens, target, dtype)
+        if stored:
+            stored.require(part_of_survey(print_))
+            # For its errors, before anything is written; what it holds is read when it is used.
+            stored.surveys(checkpoint.structure)
         if resume and (done := _finished(output, print_, overwrite=overwrite)):
             on_note(f"nothing to resume: {output} is finished already")
             return done
@@ -139,12 +170,14 @@ def compress(
                 workspace.record(print_)
             stream, shards = ModelStream(checkpoint, target, dtype), ShardPlan(checkpoint)
             run = _Run(checkpoint, recipe, stream, workspace, shards, windows.skipped, kept)
-            reporter = Reporter(checkpoint.structure.num_layers, target, on_progress)
+            reporter = partial(Reporter, checkpoint.structure.num_layers, target, on_progress)
             try:
                 with run_log(workspace.path / LOG_FILE):
                     logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
-                    selections = _survey_layers(run, windows.tokens, reporter)
-                    _compress_layers(run, windows.tokens, selections, reporter)
+                    if stored:
+                        _take_survey(run, stored)
+                    selections = _survey_layers(run, windows.tokens, reporter())
+                    _compress_layers(run, windows.tokens, selections, reporter())
                     bits = next(iter(selections.values())).bits if selections else recipe.bits
                     report = _write_rest(run, bits, print_)
                     logger.info("expert weights: %.1f%% smaller", 100 * report.saved_of_experts)
@@ -224,14 +257,22 @@ def _survey_layers(run: _Run, tokens: torch.Tensor, report: Reporter) -> dict[in
     structure = run.checkpoint.structure
     if run.workspace.layers_surveyed < structure.num_layers:
         share = surveyed_share(structure, run.recipe)
-        _run_survey(run, tokens[: math.ceil(share * len(tokens))], report)
+        _run_dense(run, tokens[: math.ceil(share * len(tokens))], report)
     surveys = [LayerSurvey.of(run.workspace.survey(layer)) for layer in structure.moe_layers]
-    selections = with_predictions(surveys, _select(run, surveys))
+    selections = allocate(run.checkpoint, run.recipe, surveys)
     return dict(zip(structure.moe_layers, selections, strict=True))
 
 
-def _run_survey(run: _Run, tokens: torch.Tensor, report: Reporter) -> None:
-    """Survey the layers that are still to be surveyed."""
+def _take_survey(run: _Run, stored: StoredAnalysis) -> None:
+    """Leave nothing to survey: a run that is resumed without the analysis goes on as well."""
+    logger.info("survey: that of %s", stored.path)
+    structure = run.checkpoint.structure
+    found = {layer: own.tensors() for layer, own in stored.surveys(structure).items()}
+    run.workspace.take_survey(found, structure.num_layers)
+
+
+def _run_dense(run: _Run, tokens: torch.Tensor, report: Reporter) -> None:
+    """Survey the layers that are not surveyed yet, each on the output of the dense one before."""
     start, hidden = run.workspace.survey_point()
     hidden = run.stream.embed(tokens) if hidden is None else hidden
     report("survey", start)
@@ -249,18 +290,10 @@ def _run_survey(run: _Run, tokens: torch.Tensor, report: Reporter) -> None:
                 losses_of = measure if layer in measured else None
                 found = survey_layer(run.stream, layer, loaded, hidden, widest, losses_of).tensors()
             del loaded
-            run.workspace.commit_survey(layer, found, hidden)
+            # After the last one nothing goes on from there.
+            following = hidden if layer + 1 < structure.num_layers else hidden[:0]
+            run.workspace.commit_survey(layer, found, following)
             report("survey", layer + 1)
-
-
-def _select(run: _Run, surveys: list[LayerSurvey]) -> list[Selection]:
-    recipe = run.recipe
-    if recipe.plan is None:
-        costs = micro_expert_costs(run.checkpoint, recipe)
-        return fill(surveys, costs, expert_budget(run.checkpoint, recipe), recipe.align)
-    if recipe.budget == "model":
-        return select_over_model(surveys, recipe.plan, recipe.align)
-    return [select_over_model([survey], recipe.plan, recipe.align)[0] for survey in surveys]
 
 
 def _compress_layers(

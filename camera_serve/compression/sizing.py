@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -14,7 +14,14 @@ from camera_serve.checkpoint.format import check_groups
 from camera_serve.checkpoint.kept import kept_in_fp8, saved_bytes
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.checkpoint.report import StoredOriginal
-from camera_serve.compression.allocation import check_leaves_enough, least_bytes
+from camera_serve.compression.allocation import (
+    check_leaves_enough,
+    expected_loss,
+    fill,
+    least_bytes,
+    select_over_model,
+    with_predictions,
+)
 from camera_serve.compression.quantize.cost import SolveSize, solve_seconds
 from camera_serve.errors import RecipeError
 from camera_serve.models import MoeStructure
@@ -23,7 +30,8 @@ from camera_serve.ragged.layout import check_alignment, tier_totals
 from camera_serve.ragged.packing import words_per_row
 from camera_serve.ranking.energy import ROWS_AT_ONCE
 from camera_serve.ranking.gram import WIDEST
-from camera_serve.ranking.survey import surveyed_share
+from camera_serve.ranking.selection import Selection
+from camera_serve.ranking.survey import LayerSurvey, surveyed_share
 from camera_serve.recipe import Recipe, Settings, TierPlan
 from camera_serve.runtime import compute_dtype
 
@@ -38,6 +46,17 @@ DECODING = 16
 the dtype of the model."""
 
 
+class Allocation(Settings):
+    """What a recipe gives the micro-experts of an analyzed model.
+
+    micro_experts: how many at each bit-width, those removed at 0. expected_loss: see
+    `camera_serve.compression.allocation.expected_loss`.
+    """
+
+    micro_experts: Mapping[int, int]
+    expected_loss: float
+
+
 class Estimate(Settings):
     """Bytes are exact for the output, upper estimates for memory; seconds are a rough guide.
 
@@ -47,6 +66,9 @@ class Estimate(Settings):
     `decoding_bytes`, the largest weight while it is decoded, 0 where none is stored quantized;
     `tier_bytes`, a layer's experts as they will be stored; `solver_bytes`, the solves of
     `experts_at_once` of a layer's `num_experts` experts (both 0 where nothing is packed).
+
+    Of a size, the output takes up to `spare_bytes` less than is said, until an `allocation` is
+    known.
     """
 
     output_bytes: int
@@ -66,6 +88,8 @@ class Estimate(Settings):
     calibration_tokens: int
     seconds: float
     stored: StoredOriginal | None = None
+    spare_bytes: int = 0
+    allocation: Allocation | None = None
 
 
 def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -89,6 +113,43 @@ def check_fits(checkpoint: Checkpoint, recipe: Recipe) -> None:
 def micro_expert_costs(checkpoint: Checkpoint, recipe: Recipe) -> dict[int, int]:
     """Stored bytes of one micro-expert at each bit-width that the recipe allows."""
     return {bits: _micro_expert_bytes(checkpoint, bits, recipe.group_size) for bits in recipe.allow}
+
+
+def allocate(
+    checkpoint: Checkpoint, recipe: Recipe, surveys: Sequence[LayerSurvey]
+) -> list[Selection]:
+    """The micro-experts that a recipe keeps of each MoE layer, from a survey of all of them."""
+    surveys = _ranked(recipe, surveys)
+    if recipe.plan is None:
+        costs = micro_expert_costs(checkpoint, recipe)
+        found = fill(surveys, costs, expert_budget(checkpoint, recipe), recipe.align)
+    elif recipe.budget == "model":
+        found = select_over_model(surveys, recipe.plan, recipe.align)
+    else:
+        found = [select_over_model([own], recipe.plan, recipe.align)[0] for own in surveys]
+    return with_predictions(surveys, found)
+
+
+def allocation_for(
+    checkpoint: Checkpoint, recipe: Recipe, surveys: Sequence[LayerSurvey]
+) -> Allocation:
+    """What `allocate` gives, in figures."""
+    selections = allocate(checkpoint, recipe, surveys)
+    found = dict.fromkeys((*recipe.bits, 0), 0)
+    for selection in selections:
+        for tiers in (*selection.layout.experts, *selection.layout.shared):
+            for bits, count in zip(selection.bits, tiers, strict=True):
+                found[bits] += count
+    structure = checkpoint.structure
+    every = len(structure.moe_layers) * structure.micro_experts_per_layer
+    found[0] = every - sum(found.values())
+    loss = expected_loss(_ranked(recipe, surveys), selections)
+    return Allocation(micro_experts=found, expected_loss=loss)
+
+
+def _ranked(recipe: Recipe, surveys: Sequence[LayerSurvey]) -> list[LayerSurvey]:
+    """Surveys without the elimination that a recipe does not ask for, and they may have."""
+    return [survey if recipe.eliminates else survey.by_energy() for survey in surveys]
 
 
 def expert_budget(checkpoint: Checkpoint, recipe: Recipe) -> int:
@@ -154,8 +215,16 @@ def _size(count: int, rounded: Callable[[float], int] = math.ceil) -> str:
     return f"{rounded(1000 * count / 1024**power) / 1000:.7g}{'KMGT'[power - 1]}iB"
 
 
-def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> Estimate:
-    """Sizes from the headers alone; the time from short products and solves on `device`."""
+def estimate_for(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    device: torch.device,
+    allocation: Allocation | None = None,
+) -> Estimate:
+    """Sizes from the headers alone; the time from short products and solves on `device`.
+
+    allocation: of an analysis, in whose place no survey is made.
+    """
     check_fits(checkpoint, recipe)
     structure, tokens = checkpoint.structure, recipe.calibration.num_tokens
     dtype = compute_dtype(recipe.dtype, checkpoint.dtype)
@@ -167,10 +236,15 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
     held = layers_at_once(device) * (layer + mapped)
     batch = max(_batch_bytes(structure, recipe), ROWS_AT_ONCE * structure.d_model * 8)
     batch = max(batch, _gram_bytes(structure, recipe))
+    experts, spare = _stored_bytes(checkpoint, recipe), 0
+    if allocation:
+        experts = _allocated_bytes(checkpoint, recipe, allocation)
+    elif recipe.plan is None:
+        spare = recipe.align * max(micro_expert_costs(checkpoint, recipe).values())
     return Estimate(
-        output_bytes=_output_bytes(checkpoint, recipe),
+        output_bytes=_bytes_outside(checkpoint, recipe) + experts,
         expert_bytes_before=checkpoint.expert_bytes,
-        expert_bytes_after=_stored_bytes(checkpoint, recipe),
+        expert_bytes_after=experts,
         total_bytes_before=checkpoint.total_bytes,
         disk_bytes=disk_bytes(checkpoint, recipe),
         # A layer writes its output over its input. Beside it lies what its experts are given while
@@ -188,20 +262,21 @@ def estimate_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
         experts_at_once=solves[0].experts_at_once if solves else 0,
         num_experts=structure.num_experts,
         calibration_tokens=tokens,
-        seconds=_seconds(checkpoint, recipe, dtype, device),
+        seconds=_seconds(checkpoint, recipe, dtype, device, surveyed=allocation is not None),
         stored=checkpoint.stored,
+        spare_bytes=spare,
+        allocation=allocation,
     )
 
 
 def disk_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     """Disk space a compression needs at its peak."""
-    # The activations are on disk twice for a moment: the new ones, then the rename.
+    # The activations are on disk twice for a moment: the new ones, then the rename. Those of a
+    # survey are gone by the time that others come.
     hidden = 2 * _hidden_bytes(checkpoint, recipe)
-    if not recipe.surveys:
-        return _output_bytes(checkpoint, recipe) + hidden
     structure = checkpoint.structure
     surveyed = len(structure.moe_layers) * structure.micro_experts_per_layer * SURVEYED
-    return _output_bytes(checkpoint, recipe) + 2 * hidden + surveyed
+    return _output_bytes(checkpoint, recipe) + hidden + (surveyed if recipe.surveys else 0)
 
 
 def _output_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
@@ -224,6 +299,13 @@ def _stored_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
         return layers * _tier_bytes(checkpoint, recipe, recipe.plan)
     whole = layers * structure.micro_experts_per_layer
     return _tier_bytes(checkpoint, recipe, recipe.plan, whole)
+
+
+def _allocated_bytes(checkpoint: Checkpoint, recipe: Recipe, allocation: Allocation) -> int:
+    return sum(
+        count * _micro_expert_bytes(checkpoint, bits, recipe.group_size)
+        for bits, count in allocation.micro_experts.items()
+    )
 
 
 def _layer_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
@@ -318,10 +400,16 @@ def _solves(structure: MoeStructure, recipe: Recipe, share: float = 1) -> list[S
 
 
 def _seconds(
-    checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    surveyed: bool,
 ) -> float:
     structure, tokens = checkpoint.structure, recipe.calibration.num_tokens
-    seconds = _flops(checkpoint, recipe) / _flops_per_second(dtype, device)
+    flops = _flops(checkpoint, recipe) + (0 if surveyed else _flops_of_survey(checkpoint, recipe))
+    seconds = flops / _flops_per_second(dtype, device)
     share = _packed_share(checkpoint, recipe)
     solves = _solves(structure, recipe, share)
     rate = _flops_per_second(torch.float32, device) if solves else 0
@@ -336,16 +424,32 @@ def _flops(checkpoint: Checkpoint, recipe: Recipe) -> float:
     structure = checkpoint.structure
     kept = 1 - recipe.plan.pruned if recipe.plan else _kept_share(checkpoint, recipe)
     routed = structure.top_k * structure.d_ff + structure.shared_d_ff
-    attention = 2 * (4 * structure.d_model**2 + 2 * structure.d_model * recipe.calibration.seq_len)
-    per_token = attention + 2 * routed * structure.d_model * (2 + 3 * kept)
-    gram = 2 * (structure.top_k * structure.d_ff**2 + structure.shared_d_ff**2)
-    if recipe.surveys:
-        # The dense model once, on a part of the tokens, and its Gram matrices where some go.
-        dense = attention + 6 * routed * structure.d_model + recipe.eliminates * gram
-        per_token += surveyed_share(structure, recipe) * dense
+    per_token = _of_attention(checkpoint, recipe) + 2 * routed * structure.d_model * (2 + 3 * kept)
     if recipe.refit:
-        per_token += gram
+        per_token += _of_grams(structure)
     return recipe.calibration.num_tokens * per_token * structure.num_layers
+
+
+def _flops_of_survey(checkpoint: Checkpoint, recipe: Recipe) -> float:
+    """The dense model's layers, and Gram matrices of their experts."""
+    if not recipe.surveys:
+        return 0
+    structure = checkpoint.structure
+    routed = structure.top_k * structure.d_ff + structure.shared_d_ff
+    per_token = _of_attention(checkpoint, recipe) + 6 * routed * structure.d_model
+    if recipe.eliminates:
+        per_token += _of_grams(structure)
+    seen = surveyed_share(structure, recipe) * recipe.calibration.num_tokens
+    return seen * per_token * structure.num_layers
+
+
+def _of_attention(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    d_model = checkpoint.structure.d_model
+    return 2 * (4 * d_model**2 + 2 * d_model * recipe.calibration.seq_len)
+
+
+def _of_grams(structure: MoeStructure) -> int:
+    return 2 * (structure.top_k * structure.d_ff**2 + structure.shared_d_ff**2)
 
 
 def _packed_share(checkpoint: Checkpoint, recipe: Recipe) -> float:

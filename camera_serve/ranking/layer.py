@@ -1,6 +1,8 @@
 """Running the calibration tokens through one loaded MoE layer: its energies, and its inputs."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +27,12 @@ logger = logging.getLogger(__name__)
 class Measured(NamedTuple):
     """What `run_measured` finds in a layer.
 
-    scale: what the block multiplies its routed experts' output by; grams: Σφφᵀ of each of the
-    routed experts, then of the shared one, `[num_experts, d_ff, d_ff]`; None where not wanted.
+    energies: by α; scale: what the block multiplies its routed experts' output by; grams: Σφφᵀ of
+    each of the routed experts, then of the shared one, `[num_experts, d_ff, d_ff]`; None where not
+    wanted.
     """
 
-    energies: LayerEnergies
+    energies: Callable[[float], LayerEnergies]
     scale: float
     grams: tuple[torch.Tensor | None, ...]
 
@@ -59,7 +62,7 @@ def measure(
     _run_up_to_experts(stream, layer, loaded, hidden, routed, shared)
     sums = [routed.sums, shared.sums] if shared else [routed.sums]
     scale = scale_of_routed(loaded, stream.structure.moe_prefix(layer))
-    return _energies(stream, layer, loaded, sums, alpha, scale)
+    return _energies(stream, layer, loaded, sums, scale, alpha)
 
 
 @torch.inference_mode()
@@ -100,7 +103,6 @@ def run_measured(
     layer: int,
     loaded: StreamedLayer,
     hidden: torch.Tensor,
-    alpha: float,
     widest_gram: int = 0,
     recorder: InputRecorder | None = None,
 ) -> Measured:
@@ -125,7 +127,7 @@ def run_measured(
         stream.run(layer, loaded, hidden)
     scale = scale_of_routed(loaded, stream.structure.moe_prefix(layer))
     sums = [meter.sums for meter in meters]
-    energies = _energies(stream, layer, loaded, sums, alpha, scale)
+    energies = partial(_energies, stream, layer, loaded, sums, scale)
     return Measured(energies, scale, tuple(own.grams for own in sums))
 
 
@@ -134,8 +136,8 @@ def _energies(
     layer: int,
     loaded: StreamedLayer,
     sums: list[CoefficientSums],
-    alpha: float,
     scale: float,
+    alpha: float,
 ) -> LayerEnergies:
     """Of the sums of the routed experts, then of the shared one, if there is one."""
     assert loaded.experts is not None

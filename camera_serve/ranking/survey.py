@@ -8,7 +8,7 @@ others making up for them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,7 +18,7 @@ from camera_serve.models import MoeStructure
 from camera_serve.ragged.layer import RaggedTier
 from camera_serve.ranking.elimination import eliminate, shrunk
 from camera_serve.ranking.gram import MIN_TOKENS, WIDEST
-from camera_serve.ranking.layer import run_measured
+from camera_serve.ranking.layer import Measured, run_measured
 from camera_serve.ranking.selection import LayerEnergies, norms_of, worth_of
 from camera_serve.recipe import Recipe
 
@@ -41,6 +41,8 @@ def surveyed_share(structure: MoeStructure, recipe: Recipe) -> float:
     seen = recipe.calibration.num_tokens * structure.top_k / structure.num_experts
     return max(1 / SURVEYED_SHARE, min(1, TOKENS_OF_AN_EXPERT / seen))
 
+
+_LOSS = "loss_at_bits_"
 
 LossesOf = Callable[[RaggedTier[torch.Tensor], RoutedInputs], Mapping[int, float]]
 """Measures what bit-widths lose, on a layer's routed experts and what each was given."""
@@ -76,8 +78,10 @@ class LayerSurvey:
             "costs": torch.cat(self.costs),
             "norms": torch.cat(self.norms),
             "apart": self.apart,
-            "measured_bits": torch.tensor([*self.losses], dtype=torch.int64),
-            "losses": torch.tensor([*self.losses.values()], dtype=torch.float64),
+            **{
+                f"{_LOSS}{bits}": torch.tensor(loss, dtype=torch.float64)
+                for bits, loss in self.losses.items()
+            },
         }
 
     @classmethod
@@ -86,15 +90,25 @@ class LayerSurvey:
         energies = LayerEnergies(tensors["experts"], tensors["shared"], tensors["tokens"])
         widths = [len(part) for part in energies.per_expert]
         order, costs, norms = (tensors[name].split(widths) for name in ("order", "costs", "norms"))
-        measured, losses = tensors["measured_bits"].tolist(), tensors["losses"].tolist()
-        by_bits = dict(zip(measured, losses, strict=True))
+        losses = {
+            int(name.removeprefix(_LOSS)): float(loss)
+            for name, loss in tensors.items()
+            if name.startswith(_LOSS)
+        }
         weight, apart = float(tensors["weight"]), tensors["apart"]
-        return cls(energies, weight, order, costs, norms, apart, by_bits)
+        return cls(energies, weight, order, costs, norms, apart, losses)
 
     @property
     def worth(self) -> list[torch.Tensor]:
         """Energies, as far as the calibration text tells (`worth_of`)."""
         return worth_of(self.energies, self.norms)
+
+    def by_energy(self) -> "LayerSurvey":
+        """The same where none is to make up for another: by rising energy they are taken out."""
+        rising = [own.sort(stable=True) for own in self.energies.per_expert]
+        order, costs = tuple(own.indices for own in rising), tuple(own.values for own in rising)
+        apart = torch.ones_like(self.apart)
+        return replace(self, order=order, costs=costs, apart=apart)
 
     @property
     def removal_scores(self) -> list[torch.Tensor]:
@@ -120,23 +134,44 @@ def survey_layer(
     widest: wider experts are not taken apart, but ranked by energy; 0: none is; losses_of: what
     measures the losses of bit-widths here; None: nothing.
     """
-    assert loaded.experts is not None
     recorder = InputRecorder() if losses_of else None
-    energies, scale, grams = run_measured(stream, layer, loaded, hidden, 0.0, widest, recorder)
+    measured = run_measured(stream, layer, loaded, hidden, widest, recorder)
+    survey = _survey(loaded, hidden, measured)
+    if not losses_of or not recorder:
+        return survey
+    assert loaded.experts is not None
+    inputs = recorder.routed(stream.structure.num_experts)
+    return replace(survey, losses=losses_of(loaded.experts, inputs))
+
+
+@torch.inference_mode()
+def analyze_layer(
+    stream: ModelStream,
+    layer: int,
+    loaded: StreamedLayer,
+    hidden: torch.Tensor,
+    alpha: float,
+) -> tuple[LayerEnergies, LayerSurvey]:
+    """As `survey_layer`, with the layer's energies at `alpha` out of the same run."""
+    measured = run_measured(stream, layer, loaded, hidden, WIDEST)
+    return measured.energies(alpha), _survey(loaded, hidden, measured)
+
+
+def _survey(loaded: StreamedLayer, output: torch.Tensor, measured: Measured) -> LayerSurvey:
+    """What a layer's micro-experts are worth, from its output and what was measured on the way."""
+    assert loaded.experts is not None
+    energies, scale, grams = measured.energies(0.0), measured.scale, measured.grams
     down = loaded.experts.down.view(*energies.experts.shape, -1)
     norms = list(norms_of(down.flatten(0, 1)).view(energies.experts.shape))
     found = list(_removals(energies.experts, grams[0], down, energies.tokens, scale))
     if loaded.shared is not None:
         down = loaded.shared.down_proj.weight.T[None]
-        every = torch.tensor([hidden.shape[:-1].numel()])
+        every = torch.tensor([output.shape[:-1].numel()])
         norms.append(norms_of(down[0]))
         found += _removals(energies.shared[None], grams[1], down, every, 1.0)
     order, costs, apart = zip(*found, strict=True)
-    losses: Mapping[int, float] = {}
-    if losses_of and recorder:
-        losses = losses_of(loaded.experts, recorder.routed(stream.structure.num_experts))
-    by_pairs, weight = torch.tensor(apart), _weight_of(hidden)
-    return LayerSurvey(energies, weight, order, costs, tuple(norms), by_pairs, losses)
+    by_pairs, weight = torch.tensor(apart), _weight_of(output)
+    return LayerSurvey(energies, weight, order, costs, tuple(norms), by_pairs)
 
 
 def _weight_of(hidden: torch.Tensor) -> float:

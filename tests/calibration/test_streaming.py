@@ -12,9 +12,9 @@ from camera_serve import Calibration, Recipe, TierPlan, compress
 from camera_serve.calibration import streaming
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.checkpoint.reader import Checkpoint
+from camera_serve.compression.analysis import AnalysisSettings, analyze
 from camera_serve.errors import CheckpointError
 from camera_serve.models.modules import layer_stack
-from camera_serve.ranking.analysis import AnalysisSettings, analyze
 from tests import tiny_models
 
 

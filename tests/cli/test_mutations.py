@@ -34,6 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         packed = ["--group-size", "32"] if name == "packed" else []
         arguments = ["--plan", plan, "--align", "8", *packed, *_calibration(folder)]
         assert _run("compress", folder / "dense", "-o", folder / name, *arguments).exit_code == 0
+    analyzed = _run("analyze", folder / "dense", "-o", folder / "analysis", *_calibration(folder))
+    assert analyzed.exit_code == 0
     return folder
 
 
@@ -64,6 +66,10 @@ def _arguments(folder: Path, model: str, command: str) -> list[object]:
         "analyze": ["analyze", path, *out, *text],
         "compress": compress,
         "compress --dry-run": [*compress, "--dry-run"],
+        "compress --analysis": [
+            *("compress", folder / "dense", *out, "--bits-per-weight", "2.5", "--align", "8"),
+            *("--group-size", "32", "--analysis", path, "--dry-run"),
+        ],
         "compress --resume": [
             *("compress", folder / "dense", "-o", path, "--plan", PLANS["pruned"], "--align", "8"),
             *(*text, "--resume"),
@@ -144,6 +150,7 @@ def _mutated_json(file: Path, count: int) -> Iterable[Mutation]:
         ("pruned", "generation_config.json", 2, ("verify",)),
         ("pruned", "tokenizer_config.json", 2, ("verify", "convert")),
         ("pruned", "hf_quant_config.json", 8, ("inspect", "verify")),
+        ("analysis", "camera_analysis.json", 1, ("compress --analysis",)),
         ("pruned", "camera_report.json", 1, ("inspect", "verify", "compress --resume")),
     ],
 )
@@ -191,6 +198,16 @@ def test_a_changed_header_is_one_error_or_harmless(folder: Path, model: str) -> 
     mutated = mutations.mutated_headers(file.read_bytes(), random.Random(SEED), 2)
     commands = DENSE if model == "dense" else COMPRESSED
     assert _faults(folder, model, file.name, mutated, commands) == []
+
+
+def test_a_changed_header_of_a_survey_is_one_error(folder: Path) -> None:
+    content = (folder / "analysis" / "survey.safetensors").read_bytes()
+    for mutation in mutations.mutated_headers(content, random.Random(SEED), 1):
+        mutated = [mutation]
+        faults = _faults(
+            folder, "analysis", "survey.safetensors", mutated, ("compress --analysis",)
+        )
+        assert faults == []
 
 
 def test_a_changed_recipe_is_one_error_or_another_recipe(folder: Path) -> None:

@@ -202,7 +202,7 @@ def test_differences_are_told_in_words(changes: dict[str, str], words: str) -> N
 
 def test_threads_are_no_news_beside_another_device() -> None:
     found = explain(FOUND | {"device": "cpu"}, {**FOUND, "device": "cuda", "threads": "unset"})
-    assert found == "from other inputs: device: then cpu, now cuda"
+    assert found == "from other inputs: device: then cpu, now cuda (--device cpu)"
 
 
 def test_other_tokens_are_no_news_beside_their_cause() -> None:

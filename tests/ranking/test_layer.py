@@ -100,7 +100,7 @@ def assert_same_bits(
         assert not output.equal(hidden)
     energies, output = two_runs(stream, layer, load(), hidden, keep_all)
     given = hidden.clone()
-    found = run_measured(stream, layer, load(), given, ALPHA).energies
+    found = run_measured(stream, layer, load(), given).energies(ALPHA)
     assert torch.cat(found.per_expert).equal(torch.cat(energies))
     assert given.view(torch.uint8).equal(output.view(torch.uint8))
 

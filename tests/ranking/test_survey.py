@@ -164,3 +164,13 @@ def test_what_a_text_never_used_is_worth_a_little_by_the_size_of_its_weights(sur
     squares = survey.energies.experts / torch.stack(survey.norms[:-1])
     wanted = survey.energies.experts[3] + ELSEWHERE * squares.mean() * survey.norms[3]
     torch.testing.assert_close(survey.worth[3], wanted)
+
+
+def test_by_energy_nothing_makes_up_for_anything(surveyed) -> None:
+    _, _, survey, _ = surveyed
+    plain = survey.by_energy()
+    for own, worth in zip(plain.energies.per_expert, plain.removal_scores, strict=True):
+        assert worth.equal(own)
+    assert all((costs.diff() >= 0).all() for costs in plain.costs)
+    scores = zip(plain.removal_scores, survey.removal_scores, strict=True)
+    assert not any(one.equal(other) for one, other in scores)

@@ -1,12 +1,28 @@
-"""analyze(): one folder, one run, of whichever command."""
+"""analyze(): what it finds, and one folder, one run, of whichever command."""
 
 from pathlib import Path
 
 import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
 
-from camera_serve import AnalysisSettings, Calibration, Recipe, TierPlan, analyze, compress
+from camera_serve import (
+    AnalysisReport,
+    AnalysisSettings,
+    Calibration,
+    Recipe,
+    TierPlan,
+    analyze,
+    compress,
+)
+from camera_serve.calibration.streaming import ModelStream
+from camera_serve.calibration.text import windows_for
+from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import OutputError
 from camera_serve.progress import OnProgress
+from camera_serve.ranking.layer import run_measured
+from camera_serve.ranking.survey import survey_layer
 from tests import tiny_models
 from tests.editing import digest
 from tests.races import Run, killed_in, race
@@ -38,6 +54,48 @@ def compression(model: Path, output: Path, settings: AnalysisSettings) -> Run:
         compress(model, output, recipe, on_progress=report)
 
     return run
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "laguna"])
+def test_one_pass_gives_the_energies_and_the_survey_of_two(
+    family: str, settings: AnalysisSettings, tmp_path: Path
+) -> None:
+    path, cpu = tiny_models.save(family, tmp_path / "model"), torch.device("cpu")
+    report = analyze(path, tmp_path / "out", settings)
+    energies, surveys = (
+        load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("energies", "survey")
+    )
+    stream = ModelStream(Checkpoint.open(path), cpu, torch.bfloat16)
+    hidden = stream.embed(windows_for(Checkpoint.open(path), settings.calibration).tokens)
+    for layer in range(stream.structure.num_layers):
+        if layer not in stream.structure.moe_layers:
+            hidden = stream.run(layer, stream.load(layer), hidden)
+            continue
+        name, again = stream.structure.moe_prefix(layer), hidden.clone()
+        found = run_measured(stream, layer, stream.load(layer), hidden).energies(settings.alpha)
+        for part in ("experts", "shared", "tokens"):
+            assert energies.pop(f"{name}.{part}").equal(getattr(found, part))
+        ranked = torch.cat(found.per_expert).sort(descending=True, stable=True).indices
+        assert energies.pop(f"{name}.ranking").equal(ranked)
+        survey = survey_layer(stream, layer, stream.load(layer), again)
+        for part, tensor in survey.tensors().items():
+            assert surveys.pop(f"{name}.{part}").equal(tensor)
+        assert not survey.energies.experts.equal(found.experts)
+    assert not energies and not surveys
+    assert [layer.layer for layer in report.layers] == [
+        stream.structure.moe_prefix(layer) for layer in stream.structure.moe_layers
+    ]
+
+
+def test_reports_of_older_versions_are_read(
+    model: Path, settings: AnalysisSettings, tmp_path: Path
+) -> None:
+    report = analyze(model, tmp_path / "out", settings)
+    older = report.model_dump(mode="json") | {"version": 1}
+    del older["fingerprint"], older["survey_sha256"]
+    assert AnalysisReport.model_validate(older).layers == report.layers
+    with pytest.raises(ValidationError):
+        AnalysisReport.model_validate(older | {"version": 3})
 
 
 def test_of_two_at_one_moment_one_finishes_and_the_other_is_told(

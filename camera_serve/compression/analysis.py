@@ -1,24 +1,31 @@
-"""analyze(): CAMERA's ranking of every MoE layer, without changing the model (Algorithm 1)."""
+"""analyze(): CAMERA's ranking of every MoE layer, and the survey that compressions begin with."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
-from camera_serve.calibration.streaming import ModelStream, StreamedLayer
+from camera_serve.calibration.streaming import ModelStream
 from camera_serve.calibration.text import windows_for
 from camera_serve.checkpoint.hub import origin_of, resolve
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.checkpoint.workspace import check_output, refuse_overlap, whole_output
-from camera_serve.checkpoint.writer import write_json, write_shard
+from camera_serve.checkpoint.writer import sha256_of, write_json, write_shard
+from camera_serve.compression.fingerprint import fingerprint_of_survey
 from camera_serve.progress import OnProgress, Reporter
 from camera_serve.ragged.layout import rank
-from camera_serve.ranking.layer import run_measured
 from camera_serve.ranking.selection import LayerEnergies
+from camera_serve.ranking.survey import LayerSurvey, analyze_layer
 from camera_serve.recipe import Calibration, Settings
 from camera_serve.runtime import compute_dtype, pick_device
+
+ANALYSIS_FILE = "camera_analysis.json"
+SURVEY_FILE = "survey.safetensors"
+VERSION = 2
+"""Of the folder: version 1 has no survey."""
 
 
 class AnalysisSettings(Settings):
@@ -47,15 +54,26 @@ class AnalysisReport(Settings):
     """The analysis of a whole model, as `camera_analysis.json`.
 
     `revision` is the commit of a `model` of the hub's. `skipped` counts what was left out of the
-    calibration text, by why.
+    calibration text, by why. `fingerprint` is of all that the survey depends on, `survey_sha256` of
+    its file; version 1 has neither.
     """
 
-    version: int = 1
+    version: Annotated[int, Field(ge=1, le=VERSION)] = VERSION
     model: str
     revision: str | None = None
     settings: AnalysisSettings
     skipped: Mapping[str, int] = {}
+    fingerprint: Mapping[str, str] = {}
+    survey_sha256: str = ""
     layers: tuple[LayerSummary, ...]
+
+
+@dataclass(frozen=True)
+class _Analyzed:
+    """What a pass over the model has found of one MoE layer."""
+
+    energies: LayerEnergies
+    survey: LayerSurvey
 
 
 def analyze(
@@ -67,12 +85,14 @@ def analyze(
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> AnalysisReport:
-    """Rank all micro-experts of every MoE layer of a dense model.
+    """Rank all micro-experts of every MoE layer of a dense model, and survey them.
 
     Writes `energies.safetensors` (per layer `<layer>.experts` float64 `[num_experts, d_ff]`,
     `.shared` `[shared_d_ff]`, `.tokens` int64 `[num_experts]`, and `.ranking` int64
-    `[num_micro_experts]`: indices into experts then shared, by falling energy) and
-    `camera_analysis.json`. The folder appears by rename.
+    `[num_micro_experts]`: indices into experts then shared, by falling energy),
+    `survey.safetensors` (per layer `<layer>.` and the names of `LayerSurvey.tensors`), which
+    `compress` takes in place of a pass of its own, and `camera_analysis.json`. The folder appears
+    by rename.
     """
     source, output = resolve(str(model)), Path(output).resolve()
     refuse_overlap(source, output)
@@ -80,45 +100,46 @@ def analyze(
     checkpoint = Checkpoint.open(source)
     checkpoint.require_dense()
     target, origin = pick_device(device), origin_of(source)
+    dtype = compute_dtype(settings.dtype, checkpoint.dtype)
     with whole_output(output, "analyze", overwrite=overwrite) as folder:
         windows = windows_for(checkpoint, settings.calibration)
-        stream = ModelStream(checkpoint, target, compute_dtype(settings.dtype, checkpoint.dtype))
-        energies = _all_energies(stream, windows.tokens, settings.alpha, on_progress)
+        calibration, tokens = settings.calibration, windows.tokens
+        print_ = fingerprint_of_survey(checkpoint, calibration, tokens, target, dtype)
+        stream = ModelStream(checkpoint, target, dtype)
+        layers = _all_layers(stream, tokens, settings.alpha, on_progress)
+        _write_tensors(folder, layers)
         report = AnalysisReport(
             model=origin.name,
             revision=origin.revision,
             settings=settings,
             skipped=windows.skipped,
-            layers=tuple(_summary(name, layer) for name, layer in energies.items()),
+            fingerprint=print_,
+            survey_sha256=sha256_of(folder / SURVEY_FILE),
+            layers=tuple(_summary(name, layer.energies) for name, layer in layers.items()),
         )
-        _write(folder, energies, report)
+        write_json(folder / ANALYSIS_FILE, report.model_dump(mode="json"))
     return report
 
 
-def _all_energies(
+def _all_layers(
     stream: ModelStream, tokens: torch.Tensor, alpha: float, on_progress: OnProgress | None
-) -> dict[str, LayerEnergies]:
+) -> dict[str, _Analyzed]:
     num_layers = stream.structure.num_layers
     progress = Reporter(num_layers, stream.device, on_progress)
     hidden = stream.embed(tokens)
-    energies: dict[str, LayerEnergies] = {}
+    layers: dict[str, _Analyzed] = {}
     progress("analyze", 0)
     with stream.loading(range(num_layers)) as load:
         for layer in range(num_layers):
-            found, hidden = _layer_energies(stream, layer, load(), hidden, alpha)
-            if found is not None:
-                energies[stream.structure.moe_prefix(layer)] = found
+            loaded = load()
+            if loaded.experts is None:
+                hidden = stream.run(layer, loaded, hidden)
+            else:
+                found = analyze_layer(stream, layer, loaded, hidden, alpha)
+                layers[stream.structure.moe_prefix(layer)] = _Analyzed(*found)
+            del loaded
             progress("analyze", layer + 1)
-    return energies
-
-
-def _layer_energies(
-    stream: ModelStream, layer: int, loaded: StreamedLayer, hidden: torch.Tensor, alpha: float
-) -> tuple[LayerEnergies | None, torch.Tensor]:
-    """A layer's energies, None where it is dense, and its output."""
-    if loaded.experts is None:
-        return None, stream.run(layer, loaded, hidden)
-    return run_measured(stream, layer, loaded, hidden, alpha).energies, hidden
+    return layers
 
 
 def _summary(name: str, energies: LayerEnergies) -> LayerSummary:
@@ -138,12 +159,15 @@ def _summary(name: str, energies: LayerEnergies) -> LayerSummary:
     )
 
 
-def _write(folder: Path, energies: dict[str, LayerEnergies], report: AnalysisReport) -> None:
-    tensors = {}
-    for name, layer in energies.items():
-        tensors[f"{name}.experts"] = layer.experts
-        tensors[f"{name}.shared"] = layer.shared
-        tensors[f"{name}.tokens"] = layer.tokens
-        tensors[f"{name}.ranking"] = rank(torch.cat(layer.per_expert))
-    write_shard(folder / "energies.safetensors", tensors)
-    write_json(folder / "camera_analysis.json", report.model_dump(mode="json"))
+def _write_tensors(folder: Path, layers: Mapping[str, _Analyzed]) -> None:
+    energies: dict[str, torch.Tensor] = {}
+    surveys: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        own = layer.energies
+        energies[f"{name}.experts"] = own.experts
+        energies[f"{name}.shared"] = own.shared
+        energies[f"{name}.tokens"] = own.tokens
+        energies[f"{name}.ranking"] = rank(torch.cat(own.per_expert))
+        surveys |= {f"{name}.{part}": found for part, found in layer.survey.tensors().items()}
+    write_shard(folder / "energies.safetensors", energies)
+    write_shard(folder / SURVEY_FILE, surveys)
