@@ -256,7 +256,14 @@ class Recipe(Settings):
     def load(cls, path: Path) -> Self:
         """Read a recipe from YAML; raises `RecipeError` that names the setting at fault."""
         try:
-            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            settings = data.keys() if isinstance(data, dict) else ()
+            if 2 * len(cls.model_fields.keys() & settings) < max(len(settings), 1):
+                raise RecipeError(
+                    f"recipe {path} is none: it holds other settings than those of a run; give the "
+                    "camera_recipe.yaml of an earlier one"
+                )
+            return cls.model_validate(data)
         except OSError as error:
             raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
         except ValidationError as error:

@@ -72,7 +72,7 @@ def test_an_unknown_setting_in_a_recipe_is_an_error_naming_it(tmp_path: Path) ->
         Recipe.load(file)
 
 
-@pytest.mark.parametrize(("content", "message"), [("[1", "is not YAML"), ("3", "valid dictionary")])
+@pytest.mark.parametrize(("content", "message"), [("[1", "is not YAML"), ("3", "is none")])
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(content)
@@ -93,3 +93,13 @@ def test_settings_are_frozen() -> None:
 def test_a_setting_that_older_versions_do_not_know_is_written_where_it_is_used() -> None:
     assert "polish" not in RECIPE.dump()
     assert "polish: true" in RECIPE.model_copy(update={"polish": True}).dump()
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", "model_type: qwen2_moe\ndtype: float16\nhidden_size: 64\n", "", "a"]
+)
+def test_a_file_that_is_no_recipe_is_told_in_one_sentence(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match="is none: it holds other settings than those of a run"):
+        Recipe.load(file)

@@ -132,7 +132,7 @@ def _describe(models: list[str], paths: list[Path]) -> tuple[BenchedModel, ...]:
     for model, path in zip(models, paths, strict=True):
         plan, weights = _plan(path), [file.stat().st_size for file in path.glob("*.safetensors")]
         if not weights:
-            raise CheckpointError(f"{path} holds no safetensors file")
+            raise CheckpointError(f"{path} holds no safetensors file: download its weights")
         names.append(origin_of(path).name if Path(model).is_dir() else model)
         # Folders of one name, or one model twice to see the noise.
         count = names.count(names[-1])

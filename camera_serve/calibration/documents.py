@@ -173,7 +173,9 @@ class Documents:
         inside = [p for p in inside if not any(n.startswith(".") for n in _inner(p, source))]
         files = [path for path in inside if kind_of(path)]
         if not files:
-            raise CalibrationError(f"calibration folder {source} holds no {_KINDS}")
+            raise CalibrationError(
+                f"calibration folder {source} holds no text: put {_KINDS} into it"
+            )
         if len(files) < len(inside):
             self._skip("files of other kinds", len(inside) - len(files))
         return files

@@ -8,6 +8,7 @@ router; only the experts are ours, behind the interface every family shares:
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -135,7 +136,7 @@ class ModelStream:
         model = build_on_meta(config, dtype).eval()
         self.stack = layer_stack(model, self.structure.modules)
         self.layers = list(self.stack.layers)
-        self.keep_float32 = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        self._dtypes = model._get_dtype_plan(dtype)
         self._embedding = self.stack.get_input_embeddings()
         self._calls: dict[torch.Size, list[_Call]] = {}
         self._prepare()
@@ -312,10 +313,18 @@ class ModelStream:
         weights = {}
         for name in module.state_dict():
             on_disk = self.structure.to_checkpoint_name(f"{prefix}.{name}")
-            exact = name.endswith(self.keep_float32) if self.keep_float32 else False
-            dtype = torch.float32 if exact else self.dtype
+            dtype = self._dtype_of(f"{prefix}.{name}")
             weights[name] = self._on_device(self.checkpoint.get(on_disk)).to(dtype)
         return weights
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """What transformers loads a weight of this name in: some stay in float32."""
+        found = (
+            dtype
+            for part, dtype in self._dtypes.items()
+            if re.search(part.replace("*", ".*"), name)
+        )
+        return next(found, self.dtype)
 
     def _on_device(self, weight: torch.Tensor) -> torch.Tensor:
         """A copy from memory that is not pinned would keep the GPU's other streams waiting."""

@@ -17,10 +17,15 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-"""Those of safetensors that are read. A checkpoint without codes holds floats and I32 alone."""
+"""Those of safetensors that are read. A checkpoint without codes holds floats and I32 alone, and
+`COUNTED` in parts beside the model."""
+
+COUNTED = ("I64", "BOOL")
+"""Dtypes of positions and masks: no weight of a model is stored so, quantized or not."""
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

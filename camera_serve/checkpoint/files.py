@@ -13,6 +13,7 @@ from camera_serve.checkpoint.report import CONVERSION_FILE, REPORT_FILE
 from camera_serve.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
 RECIPE_FILE = "camera_recipe.yaml"
 LOG_FILE = "camera.log"
 
@@ -91,6 +92,17 @@ def refuse_pointers(folder: Path, files: Iterable[Path]) -> None:
             f"{folder} holds Git LFS pointers in place of {', '.join(pointers[:3])}{more}: run "
             "`git lfs pull` there, or download the model again"
         )
+
+
+def files_like(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Files of these names anywhere in a model's folder, relative to it, but for hidden ones.
+
+    Nor the weights of parts that modules.json names, which are the model's own.
+    """
+    own = set(side_files(folder))
+    below = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    found = (file for file in below if _matches(file.name, patterns) and file not in own)
+    return sorted(file for file in found if not any(_matches(p, (HIDDEN,)) for p in file.parts))
 
 
 def is_left_out(name: str) -> bool:

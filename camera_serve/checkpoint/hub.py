@@ -44,6 +44,10 @@ class ModelName:
     name: str
     revision: str | None = None
 
+    def __str__(self) -> str:
+        """As people type it: `ORG/NAME@REVISION`."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
     @classmethod
     def parse(cls, typed: str) -> Self:
         """A model on the hub: `ORG/NAME`, `ORG/NAME@REVISION`, or the address of its page.
@@ -132,22 +136,23 @@ def _refusal(wanted: ModelName, error: Exception) -> str:
             f"{hub}/{name}/tree/main"
         )
     if isinstance(cause, HfHubHTTPError):
-        return _http_refusal(name, cause)
+        return _http_refusal(wanted, cause)
     if isinstance(cause, OfflineModeIsEnabled):
         return (
-            f"{name} is not whole on this machine, and HF_HUB_OFFLINE=1 keeps it from being "
-            "downloaded: unset it, or give a local folder"
+            f"there is no folder {wanted} here, and HF_HUB_OFFLINE=1 keeps a model of that name, "
+            "which is not whole on this machine, from being downloaded: correct the path, or unset "
+            "it"
         )
     if cause is not error or type(cause).__name__ == "ProxyError":
         return (
-            f"the hub {hub} cannot be reached ({_reason(cause)}) and {name} is not whole on this "
-            "machine: check network and proxy, or give a local folder"
+            f"there is no folder {wanted} here, and the hub {hub} cannot be reached "
+            f"({_reason(cause)}): correct the path, or check network and proxy"
         )
     return _broken_off(name, error)
 
 
-def _http_refusal(name: str, error: HfHubHTTPError) -> str:
-    status, hub = error.response.status_code, constants.ENDPOINT
+def _http_refusal(wanted: ModelName, error: HfHubHTTPError) -> str:
+    status, name, hub = error.response.status_code, wanted.name, constants.ENDPOINT
     if status == 401:
         return (
             f"the hub {hub} refuses the token (401) that {name} was asked for with: correct or "
@@ -159,8 +164,8 @@ def _http_refusal(name: str, error: HfHubHTTPError) -> str:
             f"set HF_TOKEN to a token that may read it; {hub}/{name} says who may"
         )
     return (
-        f"the hub {hub} answers {status} for {name}, which is not whole on this machine: try again "
-        "later, or give a local folder"
+        f"there is no folder {wanted} here, and the hub {hub} answers {status} for it: correct the "
+        "path, or try again later"
     )
 
 

@@ -25,6 +25,9 @@ def kept_in_fp8(original: Checkpoint) -> OutsideExperts:
     if storage is None or storage.method != "fp8":
         found = f"is published as {storage.title}" if storage else "holds 16-bit weights"
         raise _refused(original, found)
+    if original.structure.model_type == "deepseek":
+        # Prefixes are empty there, so that no layer knows that it is one of these.
+        raise _refused(original, "is served by a model of vLLM's that names no attention layer")
     if not storage.dynamic:
         raise _refused(original, "has static scales of activations, which are not carried over")
     kept = {
@@ -84,7 +87,9 @@ def saved_bytes(original: Checkpoint, outside: OutsideExperts | None) -> int:
 def _stays(original: Checkpoint, name: str, entry: TensorEntry) -> bool:
     structure = original.structure
     layers = tuple(f"{structure.layer_prefix(layer)}." for layer in range(structure.num_layers))
-    inside = name.startswith(layers) and name not in original.expert_names
+    # vLLM's routers, and gates of shared experts, are in 16 bits in every family.
+    blocks = tuple(f"{structure.moe_prefix(layer)}." for layer in structure.moe_layers)
+    inside = name.startswith(layers) and not name.startswith(blocks)
     return inside and entry.coding is not None and len(entry.shape) == 2
 
 

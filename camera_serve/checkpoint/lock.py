@@ -64,15 +64,17 @@ def now() -> str:
 
 def _acquire(path: Path, output: Path) -> tuple[int, SoftFileLock | None]:
     """A locked descriptor of the file at `path`, and the lock that stands in for one."""
+    missing = None
     for _ in range(_ATTEMPTS):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _open(path)
-        except FileNotFoundError:
-            # Another run has just removed the folders it had made.
+        except FileNotFoundError as error:
+            # Another run has just removed the folders it had made, or this is no real folder.
+            missing = error
             continue
         except OSError as error:
-            raise OutputError(f"{path} cannot be created: {error.strerror}") from error
+            raise _uncreated(path, error) from error
         _held.add(descriptor)
         try:
             marker = _lock(descriptor, path, output)
@@ -83,7 +85,16 @@ def _acquire(path: Path, output: Path) -> tuple[int, SoftFileLock | None]:
             return descriptor, marker
         # The run that held it ended between our open and our lock, and took its name away.
         _release(path, descriptor, marker)
+    if missing:
+        raise _uncreated(path, missing)
     raise OutputError(f"{path} was removed {_ATTEMPTS} times while it was being locked: try again")
+
+
+def _uncreated(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path} cannot be created: {error.strerror}: choose another output, in a folder that can "
+        "be written"
+    )
 
 
 def _open(path: Path) -> int:

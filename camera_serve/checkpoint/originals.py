@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from camera_serve.checkpoint.entries import NAMES, Coding, TensorEntry
+from camera_serve.checkpoint.entries import COUNTED, NAMES, Coding, TensorEntry
 from camera_serve.checkpoint.format import OutsideExperts
 from camera_serve.errors import CheckpointError, UnsupportedModelError
 from camera_serve.models.formats import FLOATS, Fp4, Fp8, Mxfp4, PackedInt, WeightFormat
@@ -175,7 +175,8 @@ def parse(data: Any) -> StoredQuantization:
     `CheckpointError` for a setting of the wrong kind.
     """
     method = data.get("quant_method") if isinstance(data, dict) else data
-    if method is None and isinstance(data, dict) and "quant_algo" in data.get("quantization", {}):
+    inner = data.get("quantization") if isinstance(data, dict) else None
+    if method is None and isinstance(inner, dict) and "quant_algo" in inner:
         method = "modelopt"
     readers = {
         "fp8": _fp8,
@@ -189,11 +190,26 @@ def parse(data: Any) -> StoredQuantization:
             f"16-bit checkpoint, or from one in {ACCEPTED}"
         )
     try:
-        return readers[method](data)
+        return _with_patterns(readers[method](data))
     except ValidationError as error:
         raise CheckpointError(
             f"quantization_config of {method} is not understood: {describe_errors(error)}"
         ) from error
+
+
+def _with_patterns(quantization: StoredQuantization) -> StoredQuantization:
+    """The same; raises `CheckpointError` for a pattern that is none."""
+    targets = (target for group in quantization.groups for target in group.targets)
+    for entry in (*quantization.ignored, *targets):
+        if entry.startswith("re:"):
+            try:
+                re.compile(entry.removeprefix("re:"))
+            except re.error as error:
+                raise CheckpointError(
+                    f"quantization_config of {quantization.method} has the pattern {entry!r:.100}, "
+                    f"which is no regular expression ({error}): download config.json again"
+                ) from error
+    return quantization
 
 
 def _fp8(data: Mapping[str, Any]) -> StoredQuantization:
@@ -304,7 +320,7 @@ def _entry(
     quantization: StoredQuantization,
     dtype: torch.dtype,
 ) -> TensorEntry:
-    if parts.keys() == {""} and parts[""].dtype in FLOATS:
+    if parts.keys() == {""} and parts[""].dtype in (*FLOATS, *COUNTED):
         return parts[""]
     format_ = _format(name, parts, quantization)
     shape = _shape(name, parts, format_)
@@ -319,6 +335,8 @@ def _format(
     """The format of a quantized weight, all of whose parts are there, in their dtypes."""
     module = module_of(name)
     formats = quantization.formats(module)
+    if not formats and quantization.method == "mxfp4":
+        raise _not_read(f"mxfp4 of one matrix at a time ({name}; it is read of fused experts)")
     if not formats:
         entry = quantization.exception(module)
         why = f"excepts {entry!r}" if entry else "does not cover it"

@@ -1,6 +1,7 @@
 """A checkpoint on disk: config, MoE structure, lazily read safetensors, checked before any work."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,9 +14,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-from camera_serve.checkpoint.entries import DTYPES, TensorEntry
+from camera_serve.checkpoint.entries import COUNTED, DTYPES, TensorEntry
 from camera_serve.checkpoint.files import (
     INDEX,
+    WHOLE,
     is_left_out,
     refuse_pointers,
     side_files,
@@ -52,14 +54,26 @@ from camera_serve.errors import (
     naming,
 )
 from camera_serve.models import MoeStructure, describe
+from camera_serve.models.contradictions import check_contradictions
+from camera_serve.models.coverage import REFUSED
 from camera_serve.models.families import FAMILIES, MOST, require_transformers
 from camera_serve.models.formats import FLOATS
 from camera_serve.models.registration import register_configs
 from camera_serve.models.storage import Index, are_transposed, logical_tensors
 from camera_serve.recipe import describe_errors
 
+logger = logging.getLogger(__name__)
+
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 """Where config.json may say how weights are quantized; the second is an older name."""
+
+FOLDER_AGAIN = (
+    "its files are not all of one model; download config.json and the weights again, of one "
+    "revision, or compress again"
+)
+
+DRAFTS = "eh_proj.weight"
+"""What joins token and hidden state in a layer past the last one: no other layer has it."""
 
 _DEPTHS = ("num_hidden_layers", "depth")
 """Settings that say how many layers there are, in a text part and in one that sees pictures."""
@@ -102,6 +116,7 @@ class Checkpoint:
             quantization, storage = _quantization(raw, path)
             config = load_config(path, raw)
             structure = describe(config)
+            check_contradictions(raw, config, structure)
             if quantization:
                 quantization.check(structure)
         weights = _weight_files(path)
@@ -180,6 +195,8 @@ class Checkpoint:
         check_shapes(shapes, self.expected_shapes, self.structure, self.path)
         for name, entry in self.entries.items():
             wanted = stored_dtypes(name)
+            if name not in self.expected_shapes:
+                wanted += COUNTED
             if entry.dtype not in wanted:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} is stored as {entry.dtype}, wanted "
@@ -221,7 +238,10 @@ class Checkpoint:
         assert coding
         format_ = coding.format
         parts = {
-            suffix: self._read(part, entry.index if suffix == format_.codes else entry.index[:1])
+            suffix: self._read(
+                part,
+                entry.index if suffix == format_.codes else _of_an_expert(entry, suffix, part),
+            )
             for suffix, part in coding.parts.items()
         }
         if "_shape" in parts and parts["_shape"].tolist() != list(coding.shape):
@@ -276,8 +296,12 @@ def load_config(path: Path, raw: Mapping[str, Any]) -> PreTrainedConfig:
     except Exception as error:  # transformers checks few settings: the rest fails in its code.
         if model_type in FAMILIES:
             raise CheckpointError(f"transformers refuses it: {described(error)}") from error
+        if reason := REFUSED.get(model_type):
+            raise UnsupportedModelError(
+                f"model type {model_type!r} is not supported: {reason}"
+            ) from error
         raise UnsupportedModelError(
-            f"model type {model_type!r} is not understood: {first_line(error)}"
+            f"model type {model_type!r} is not understood: {described(error)}"
         ) from error
 
 
@@ -318,7 +342,7 @@ def _with_kept(
 def _refuse_codes(entries: Mapping[str, TensorEntry]) -> None:
     """Refuse quantized weights that no `quantization_config` explains."""
     for name, entry in entries.items():
-        if entry.dtype not in (*FLOATS, "I32"):
+        if entry.dtype not in (*FLOATS, "I32", *COUNTED):
             raise UnsupportedModelError(
                 f"{entry.file}: {name} is stored as {entry.dtype}, and config.json has no "
                 "quantization_config that says what it stands for: restore that file, or start "
@@ -338,9 +362,18 @@ def _refuse_scales(
         )
 
 
+def _of_an_expert(entry: TensorEntry, suffix: str, part: TensorEntry) -> Index:
+    """Which of a part belongs to a weight: all, or one expert's where it is stored by expert."""
+    assert entry.coding
+    stacked = part.shape[:1] == entry.coding.shape[:1] and suffix != "_shape"
+    return entry.index[:1] if stacked else ()
+
+
 def _all_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or Inf: both show in the extremes, which are found far faster."""
-    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -360,7 +393,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: this is not a model folder") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as JSON: {first_line(error)}: download or write it again"
+        ) from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, wanted a JSON object")
     return data
@@ -478,18 +513,32 @@ def check_shapes(found: Shapes, wanted: Shapes, structure: MoeStructure, path: P
     """
     for name, shape in wanted.items():
         if name not in found:
-            raise CheckpointError(f"{path}: tensor {name} {list(shape)} is missing")
+            raise CheckpointError(f"{path}: tensor {name} {list(shape)} is missing: {FOLDER_AGAIN}")
         if found[name] != shape:
             raise CheckpointError(
                 f"{path}: tensor {name} has shape {list(found[name])}, config.json implies "
-                f"{list(shape)}"
+                f"{list(shape)}: {FOLDER_AGAIN}"
             )
+    _refuse_layers_past_the_last(found, structure, path)
     extra = [name for name in found if name not in wanted and not _may_be_there(name, structure)]
     if extra:
         raise CheckpointError(
             f"{path}: tensor {sorted(extra)[0]} is not part of this model as config.json describes "
             f"it ({len(extra)} such tensors)"
         )
+
+
+def _refuse_layers_past_the_last(found: Shapes, structure: MoeStructure, path: Path) -> None:
+    """Refuse a layer that config.json does not count, unless it drafts tokens."""
+    layers = {structure.layer_number(name) for name in found} - {None}
+    for layer in sorted(n for n in layers if n is not None and n >= structure.num_layers):
+        drafts = f"{structure.layer_prefix(layer)}.{DRAFTS}"
+        if drafts not in found:
+            raise CheckpointError(
+                f"{path} holds layer {layer}, but num_hidden_layers is {structure.num_layers} in "
+                f"config.json, and without {drafts} it is none that drafts tokens: correct "
+                "config.json, or download the model again"
+            )
 
 
 def _may_be_there(name: str, structure: MoeStructure) -> bool:
@@ -500,7 +549,7 @@ def _may_be_there(name: str, structure: MoeStructure) -> bool:
     tied = structure.to_hf_name(name) == "lm_head.weight"
     elsewhere = name.startswith(structure.family.elsewhere)
     alone = tied or elsewhere or name.endswith("rotary_emb.inv_freq")
-    return alone or structure.is_left_out(name)
+    return alone or structure.is_draft(name)
 
 
 def _quantization(
@@ -512,6 +561,16 @@ def _quantization(
         return None, None
     if isinstance(data, dict) and data.get("quant_method") == "camera":
         return CameraQuantizationConfig.parse(data), None
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"quantization_config is {data!r:.100}: wanted an object with quant_method; download "
+            "config.json again"
+        )
+    if data.keys().isdisjoint(("quant_method", "quantization")):
+        raise CheckpointError(
+            "quantization_config has no quant_method, so nobody knows how weights are stored: "
+            "download config.json again, or remove quantization_config where they are in 16 bits"
+        )
     return None, parse(data)
 
 
@@ -539,9 +598,11 @@ def _weight_files(path: Path) -> list[Path]:
     """
     if (path / INDEX).exists():
         names = sorted(set(_weight_map(path / INDEX).values()))
+        _warn_of_unnamed(path, names)
         for name in names:
             if not (path / name).is_file():
                 raise CheckpointError(f"{path / name} is missing: {INDEX} names it")
+        _refuse_another_model(path, names)
         return [path / name for name in names]
     found = sorted(path.glob("*.safetensors"))
     # Copies of the weights in another format may lie beside them, and adapters.
@@ -550,8 +611,24 @@ def _weight_files(path: Path) -> list[Path]:
         others = [file.name for file in found]
         raise CheckpointError(f"{path} holds no safetensors file{_other_weights(path, others)}")
     if len(files) > 1:
-        raise CheckpointError(f"{path} has {len(files)} safetensors files but no {INDEX}")
+        raise CheckpointError(
+            f"{path} has {len(files)} safetensors files but no {INDEX}: download that too, or "
+            "remove those that are not this model's"
+        )
     return files
+
+
+def _warn_of_unnamed(path: Path, names: Iterable[str]) -> None:
+    """Say which safetensors files the index passes over: transformers and vLLM do so in silence."""
+    found = {file.name for file in path.glob("*.safetensors") if not is_left_out(file.name)}
+    if unnamed := sorted(found.difference(names)):
+        logger.warning(
+            "%s: %s holds tensors that %s does not name, as transformers and vLLM ignore them: "
+            "they are not carried over. If they belong to the model, add them to the index",
+            path,
+            ", ".join(unnamed[:3]) + (f" (and {len(unnamed) - 3} more)" if unnamed[3:] else ""),
+            INDEX,
+        )
 
 
 def _other_weights(path: Path, others: list[str]) -> str:
@@ -561,7 +638,11 @@ def _other_weights(path: Path, others: list[str]) -> str:
         return f"; it has pickled weights ({pickled[0]}): convert them to safetensors"
     if others:
         return f" of a whole model in the Hugging Face format, only {others[0]}: download that"
-    return ""
+    if other_formats := sorted(file.name for file in path.glob("*.gguf")):
+        return f", only {other_formats[0]}: download the model as safetensors"
+    if begun := sorted(file.name for file in path.rglob("*.incomplete")):
+        return f", only a part of a download ({begun[0]}): download the model again"
+    return ": download the model again, with its weights"
 
 
 def _check_index(path: Path, stored: Mapping[str, TensorEntry]) -> None:
@@ -583,6 +664,16 @@ def _weight_map(index: Path) -> dict[str, str]:
     ):
         raise CheckpointError(f"{index} holds no weight_map of plain file names")
     return weight_map
+
+
+def _refuse_another_model(path: Path, names: list[str]) -> None:
+    """Refuse a whole model beside the one that the index names: transformers would take that."""
+    if (path / WHOLE).exists() and WHOLE not in names:
+        raise CheckpointError(
+            f"{path} has both {WHOLE} and an {INDEX} that names {names[0] if names else 'none'}, "
+            "and transformers reads the first, vLLM the second: remove the one that is not this "
+            "model"
+        )
 
 
 def _read_header(file: Path) -> dict[str, TensorEntry]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -18,6 +19,8 @@ from camera_serve.checkpoint.format import NO_PLAIN_TRANSFORMERS, CameraQuantiza
 from camera_serve.checkpoint.reader import QUANTIZATION_KEYS, Checkpoint, read_json
 from camera_serve.checkpoint.report import CONVERSION_FILE, REPORT_FILE
 from camera_serve.errors import OutputError
+
+logger = logging.getLogger(__name__)
 
 STATE = ".state"
 """The folder inside a working folder that is dropped when the output is complete."""
@@ -121,9 +124,23 @@ def copy_side_files(source: Path, target: Path) -> None:
         settings = _settings_with_code(source / file)
         if settings:
             # The code it names is in no copy.
+            _warn_of_tokenizer(source, settings)
             write_json(target / file, _without(settings, ("auto_map",)))
         else:
             shutil.copyfile(source / file, target / file)
+
+
+def _warn_of_tokenizer(source: Path, settings: Mapping[str, Any]) -> None:
+    """Say where a tokenizer is code, and transformers makes one of its vocabulary alone."""
+    own_code = "AutoTokenizer" in (settings.get("auto_map") or ())
+    if own_code and not (source / "tokenizer.json").is_file():
+        logger.warning(
+            "%s has a tokenizer of its own code, which is not carried over: transformers reads its "
+            "vocabulary, and may cut some text otherwise (Kimi-K2: Chinese). To serve with the "
+            "original's: vllm serve OUT --tokenizer %s --trust-remote-code",
+            source,
+            source,
+        )
 
 
 def serving_config(

@@ -164,15 +164,20 @@ def compress(ctx: click.Context, model: str, output: Path, **flags: Any) -> None
             resume=flags["resume"],
             overwrite=flags["overwrite"],
             on_progress=on_progress,
-            on_note=lambda note: click.echo(note, err=True),
+            on_note=_show_note,
         )
     click.echo(_summary(report, output))
+
+
+def _show_note(note: str) -> None:
+    click.echo(note, err=True)
 
 
 def _estimate(model: str, recipe: "Recipe", device: str, analysis: Path | None) -> None:
     from camera_serve import estimate
 
-    click.echo(_estimate_summary(estimate(model, recipe, device=device, analysis=analysis)))
+    found = estimate(model, recipe, device=device, analysis=analysis, on_note=_show_note)
+    click.echo(_estimate_summary(found))
     click.echo("nothing was written; next: the same command without --dry-run")
 
 
@@ -252,7 +257,8 @@ def _summary(report: "CompressionReport", output: Path) -> str:
             f"{rounded} (inspect shows the least seen); {more}"
         )
     lines += [_refused_line(report)] if any(_refused(report).values()) else []
-    lines.append(f"wrote {output}; next: vllm serve {quoted(output)}")
+    where = ", on a GPU or a CPU with AMX, as it holds FP8" if report.recipe.keep_fp8 else ""
+    lines.append(f"wrote {output}; next{where}: vllm serve {quoted(output)}")
     return "\n".join(lines)
 
 

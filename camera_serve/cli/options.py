@@ -146,21 +146,21 @@ def recipe_from(ctx: click.Context) -> "Recipe":
         wanted = ", ".join(map(_flag, GOALS[:-1]))
         raise click.UsageError(f"Give exactly one of {wanted} and --recipe; found {found}.")
     if given != ["bits"]:
-        _refuse(ctx, ["tier_ratio"], "goes with --bits only.")
+        refuse_given(ctx, ["tier_ratio"], "goes with --bits only.")
     if given == ["recipe"]:
-        _refuse(ctx, _DECIDED_BY_RECIPE, _BESIDE_RECIPE)
+        refuse_given(ctx, _DECIDED_BY_RECIPE, _BESIDE_RECIPE)
         return Recipe.load(flags["recipe"])
     settings = ("align", "group_size", "solver", "keep_fp8", "budget", "sweeps")
     own = {name: flags[name] for name in settings} | _goal(ctx, given[0])
     if flags["paper"]:
-        _refuse(ctx, ("budget", "sweeps", "bits_per_weight", "size"), _OF_THE_PAPER)
-        _refuse(ctx, ("analysis",), _NOT_THE_PAPER)
+        refuse_given(ctx, ("budget", "sweeps", "bits_per_weight", "size"), _OF_THE_PAPER)
+        refuse_given(ctx, ("analysis",), _NOT_THE_PAPER)
         own |= {"version": 2} | PAPER
     if flags["analysis"] is not None:
         flags = flags | _as_analyzed(ctx, flags["analysis"])
     recipe = validated(Recipe, calibration_values(flags) | own)
     if not recipe.packed:
-        _refuse(ctx, ["group_size", "solver"], _NOTHING_PACKED)
+        refuse_given(ctx, ["group_size", "solver"], _NOTHING_PACKED)
     return recipe
 
 
@@ -180,7 +180,9 @@ def _goal(ctx: click.Context, given: str) -> dict[str, Any]:
         if ctx.params["budget"] == "layer":
             raise click.UsageError(f"{_flag(given)} is of the whole model: drop --budget layer.")
         return {given: ctx.params[given], "allow": ctx.params["allow"]}
-    _refuse(ctx, ["allow"], "goes with --bits-per-weight and --size only: a plan has its own bits.")
+    refuse_given(
+        ctx, ["allow"], "goes with --bits-per-weight and --size only: a plan has its own bits."
+    )
     return {"plan": _plan(ctx.params)}
 
 
@@ -230,7 +232,7 @@ def _plan(flags: dict[str, Any]) -> "TierPlan":
         raise click.BadParameter(str(error), param_hint=_flag(given)) from error
 
 
-def _refuse(ctx: click.Context, names: Iterable[str], why: str) -> None:
+def refuse_given(ctx: click.Context, names: Iterable[str], why: str) -> None:
     """Raise `UsageError` for the first of these settings that was given."""
     for name in names:
         if _is_given(ctx, name):

@@ -7,7 +7,7 @@ import click
 
 from camera_serve.cli.failures import Failure
 from camera_serve.cli.formatting import human_bytes, percent, table
-from camera_serve.cli.options import json_option, sources_of, validated
+from camera_serve.cli.options import json_option, refuse_given, sources_of, validated
 from camera_serve.cli.progress import shown_progress
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ WRONG = 2.0
 @click.option("--samples", type=int, default=8, show_default=True, help="Windows of that text.")
 @click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens in a window.")
 @json_option
+@click.pass_context
 def verify(
+    ctx: click.Context,
     model: str,
     against: str | None,
     calibration: tuple[str, ...],
@@ -55,6 +57,8 @@ def verify(
 
     if calibration and not against:
         raise click.UsageError("--calibration compares with the original: give --against MODEL.")
+    if not calibration:
+        refuse_given(ctx, ("samples", "seq_len"), "is of --calibration SOURCE: give both.")
     source = sources_of(calibration) if calibration else "none"
     settings = {"source": source, "samples": samples, "seq_len": seq_len}
     text = validated(Calibration, settings)
@@ -68,7 +72,7 @@ def verify(
         output_errors = {"output_errors": errors} if errors else {}
         click.echo(json.dumps(verification.to_json() | output_errors, indent=2))
     else:
-        click.echo(_report(verification))
+        click.echo(_report(verification, compared_outputs=bool(errors)))
         if errors:
             rows: list[tuple[object, ...]] = [(n, percent(e)) for n, e in errors.items()]
             click.echo("\n" + table(("layer", "output error"), rows))
@@ -95,7 +99,7 @@ def _output_errors(model: "Path", original: "Path", text: "Calibration") -> dict
         return output_errors(*pair, text, device=torch.device("cpu"), on_progress=on_progress)
 
 
-def _report(verification: "Verification") -> str:
+def _report(verification: "Verification", *, compared_outputs: bool) -> str:
     checked = (
         f"OK: {verification.num_tensors} tensors ({human_bytes(verification.total_bytes)}) have "
         "the names and shapes config.json implies, and every weight is finite"
@@ -109,12 +113,15 @@ def _report(verification: "Verification") -> str:
             f"{others if verification.num_side_checksums else ''} are, by their SHA-256, those "
             f"that {verification.written_by} wrote"
         )
+    elif verification.compressed:
+        checked += f"\nno checksum was compared: {_without_checksums(verification.path)}"
     if verification.against is None:
         return checked
     if verification.packed:
+        how = "below" if compared_outputs else "with --calibration TEXT"
         return (
             f"{checked}\nOK: every tensor outside the experts is byte-equal; packed micro-experts "
-            "are compared by what they put out, with --calibration TEXT"
+            f"are compared by what they put out, {how}"
         )
     kept, fitted = "every kept micro-expert is one", ""
     if verification.refitted:
@@ -127,6 +134,17 @@ def _report(verification: "Verification") -> str:
         f"byte-equal{fitted}"
     )
     return f"{checked}\n{equal}\n\n{table(header, rows)}"
+
+
+def _without_checksums(path: "Path") -> str:
+    from camera_serve.checkpoint.report import REPORT_FILE
+
+    if not (path / REPORT_FILE).exists():
+        return (
+            f"{path} has no {REPORT_FILE}, which compress wrote with the SHA-256 of every file; "
+            "changed weights and added files are not found without it"
+        )
+    return f"{REPORT_FILE} is of an older version, which noted none"
 
 
 def _row(layer: "LayerVerification") -> tuple[object, ...]:

@@ -26,6 +26,7 @@ from camera_serve.checkpoint.format import (
 from camera_serve.checkpoint.hub import origin_of, resolve
 from camera_serve.checkpoint.kept import kept_in_fp8, saved_bytes, stored_parts, weights_of
 from camera_serve.checkpoint.lock import sole_writer
+from camera_serve.checkpoint.notes import notes
 from camera_serve.checkpoint.reader import Checkpoint, read_json
 from camera_serve.checkpoint.report import REPORT_FILE, CompressionReport, LayerReport
 from camera_serve.checkpoint.workspace import Workspace, check_output, refuse_overlap
@@ -80,16 +81,21 @@ class _Run:
 
 
 def estimate(
-    model: str | Path, recipe: Recipe, *, device: str = "auto", analysis: Path | None = None
+    model: str | Path,
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    analysis: Path | None = None,
+    on_note: OnNote = lambda note: None,
 ) -> Estimate:
     """What `compress` would write, hold and take, without writing anything.
 
     Local calibration text is looked at: too little raises `CalibrationError`. None is downloaded.
-    `analysis`: as of `compress`; what a size gives the micro-experts is then known.
+    `on_note` is told what `compress` would tell of the model. `analysis`: as of `compress`; what a
+    size gives the micro-experts is then known.
     """
     source = resolve(str(model))
-    checkpoint = Checkpoint.open(source)
-    checkpoint.require_dense()
+    checkpoint = _opened(source, on_note)
     check_fits(checkpoint, recipe)
     stored = _given(analysis, recipe)
     local = HUB_SETS.keys().isdisjoint(recipe.calibration.sources)
@@ -134,15 +140,15 @@ def compress(
     model: a local folder, or what the hub calls it (`ModelName.parse`). The output appears by
     rename when it is complete; the finished layers of an interrupted run stay in `OUTPUT.partial`
     and `resume` continues it to the same bytes. One run writes an output at a time; `on_note` is
-    told what `resume` did not find. `analysis`: a folder that `analyze` wrote of the same model and
-    calibration text, in place of a pass over the dense model.
+    told what `resume` did not find, and what there is to know of the model
+    (`camera_serve.checkpoint.notes`). `analysis`: a folder that `analyze` wrote of the same model
+    and calibration text, in place of a pass over the dense model.
     Raises `CameraError` subclasses for everything a user can set right.
     """
     source = resolve(str(model))
     output = Path(output).resolve()
     refuse_overlap(source, output)
-    checkpoint = Checkpoint.open(source)
-    checkpoint.require_dense()
+    checkpoint = _opened(source, on_note)
     check_fits(checkpoint, recipe)
     stored = _given(analysis, recipe)
     kept = kept_in_fp8(checkpoint) if recipe.keep_fp8 else None
@@ -187,6 +193,15 @@ def compress(
                 raise
         workspace.publish(overwrite=overwrite)
     return report
+
+
+def _opened(source: Path, on_note: OnNote) -> Checkpoint:
+    """An original that is to be compressed."""
+    checkpoint = Checkpoint.open(source)
+    checkpoint.require_dense()
+    for note in notes(checkpoint):
+        on_note(f"note: {note}")
+    return checkpoint
 
 
 def _continued(

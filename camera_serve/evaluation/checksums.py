@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from camera_serve.checkpoint.files import ABOUT_WEIGHTS, CODE, WEIGHTS, files_like
 from camera_serve.checkpoint.reader import Checkpoint, read_conversion
 from camera_serve.checkpoint.report import CONVERSION_FILE, REPORT_FILE
 from camera_serve.checkpoint.writer import sha256_of, side_files_of
@@ -31,8 +32,9 @@ class Checksums:
     def of(cls, checkpoint: Checkpoint) -> Self:
         """The checksums beside a checkpoint.
 
-        Raises `CheckpointError` when one is missing, of a file of weights, or of another file that
-        is there for engines to read: it was added later, or the report was edited.
+        Raises `CheckpointError` when one is missing, of a file of weights or of code, whatever its
+        format, or of another file that is there for engines to read: it was added later, or the
+        report was edited.
         """
         converted = None if checkpoint.quantization else read_conversion(checkpoint.path)
         noted_by = converted or report_of(checkpoint)
@@ -42,7 +44,8 @@ class Checksums:
         noted = noted_by.sha256 if noted_by else {}
         weights = {name: noted[name] for name in noted if name.endswith(".safetensors")}
         side_files = {name: noted[name] for name in noted if name not in weights}
-        found = {file.name for file in checkpoint.weight_files} if noted else set()
+        patterns = (*WEIGHTS, *ABOUT_WEIGHTS, *CODE) if side_files else WEIGHTS
+        found = set(map(str, files_like(checkpoint.path, patterns))) if noted else set()
         found |= set(side_files_of(checkpoint.path)) if side_files else set()
         if unknown := sorted(found - noted.keys()):
             raise CheckpointError(

@@ -58,6 +58,7 @@ class Verification:
     total_bytes: int
     num_checksums: int
     num_side_checksums: int
+    compressed: bool
     packed: bool
     refitted: bool
     written_by: str
@@ -72,6 +73,7 @@ class Verification:
             "total_bytes": self.total_bytes,
             "num_checksums": self.num_checksums,
             "num_side_checksums": self.num_side_checksums,
+            "compressed": self.compressed,
             "packed": self.packed,
             "refitted": self.refitted,
             "written_by": self.written_by,
@@ -146,6 +148,7 @@ def verify(
         total_bytes=checkpoint.total_bytes,
         num_checksums=len(checksums.weights),
         num_side_checksums=len(checksums.side_files),
+        compressed=checkpoint.quantization is not None,
         packed=made.packed,
         refitted=made.refitted,
         written_by=checksums.command,

@@ -11,6 +11,7 @@ from camera_serve.models.building import build_on_meta
 from camera_serve.models.coverage import why_not
 from camera_serve.models.families import (
     FAMILIES,
+    IN_VLLM,
     MOST,
     Config,
     Family,
@@ -22,7 +23,7 @@ from camera_serve.models.modules import MoeModules, find_moe
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What families call the number of routed experts; 0 is a dense model."""
 
 
@@ -32,7 +33,8 @@ class MoeStructure:
 
     `d_ff` and `shared_d_ff` are the original widths (`shared_d_ff` 0: no shared expert);
     `moe_layers` are the decoder layers that hold experts; `modules` is where transformers has them.
-    `left_out` are patterns of what published checkpoints hold and transformers' model does not.
+    `draft_patterns` are of what published checkpoints hold and transformers' model does not: parts
+    that draft tokens.
     """
 
     family: Family
@@ -41,7 +43,7 @@ class MoeStructure:
     num_layers: int
     d_model: int
     top_k: int
-    left_out: tuple[str, ...] = ()
+    draft_patterns: tuple[str, ...] = ()
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -116,7 +118,7 @@ class MoeStructure:
         """`model.layers.3.mlp.shared_expert.gate_proj`; shared experts never use w1/w2/w3."""
         return f"{self.shared_expert_prefix(layer)}.{projection}_proj"
 
-    def is_left_out(self, name: str) -> bool:
+    def is_draft(self, name: str) -> bool:
         """Whether transformers' model has no place for a checkpoint tensor of its family.
 
         So it is with what drafts the next tokens: a layer past the last one, or a part beside them.
@@ -124,7 +126,7 @@ class MoeStructure:
         layer = self.layer_number(name)
         if layer is not None:
             return layer >= self.num_layers
-        return any(re.search(pattern, self.to_hf_name(name)) for pattern in self.left_out)
+        return any(re.search(pattern, self.to_hf_name(name)) for pattern in self.draft_patterns)
 
     def is_routed_expert(self, name: str) -> bool:
         """Whether a checkpoint tensor is one of a routed expert: of 7, not of all of them."""
@@ -192,16 +194,15 @@ def describe(config: Config) -> MoeStructure:
         raise UnsupportedModelError(_unknown_message(config))
     _check_architecture(config, family)
     text = config.get_text_config()
+    if any(_is_none(text, key) for key in COUNTS):
+        raise _dense(config)
     _check_settings(text, config.model_type, family)
     _check_spelled_out(text, config.model_type, family)
     num_layers = whole(text, "num_hidden_layers", most=MOST)
     model = build_on_meta(config)
     modules = find_moe(model, whole(text, "hidden_size"))
     if modules is None:
-        raise UnsupportedModelError(
-            f"this {config.model_type} model has experts in none of {num_layers} layers: it is "
-            "dense, and CAMERA compresses MoE layers only"
-        )
+        raise _dense(config)
     return MoeStructure(
         family=family,
         model_type=config.model_type,
@@ -209,7 +210,20 @@ def describe(config: Config) -> MoeStructure:
         num_layers=num_layers,
         d_model=text.hidden_size,
         top_k=whole(text, family.top_k_key, most=modules.num_experts),
-        left_out=tuple(sorted(model._keys_to_ignore_on_load_unexpected or ())),
+        draft_patterns=tuple(sorted(model._keys_to_ignore_on_load_unexpected or ())),
+    )
+
+
+def _is_none(text: Config, key: str) -> bool:
+    value = getattr(text, key, None)
+    return value == 0 and not isinstance(value, bool)
+
+
+def _dense(config: Config) -> UnsupportedModelError:
+    layers = config.get_text_config().num_hidden_layers
+    return UnsupportedModelError(
+        f"this {config.model_type} model has experts in none of {layers} layers: it is dense, and "
+        "CAMERA compresses MoE layers only"
     )
 
 
@@ -240,15 +254,16 @@ def _check_architecture(config: Config, family: Family) -> None:
 
 
 def _check_settings(text: Config, model_type: str, family: Family) -> None:
-    for key in _COUNTS:
+    for key in COUNTS:
         if getattr(text, key, None):
             whole(text, key, most=MOST)
     for key, values in (("hidden_act", ("silu",)), *family.understood):
         value = getattr(text, key, values[0])
         if value not in values:
+            why = f"{IN_VLLM[key]}; " if key in IN_VLLM else ""
             raise UnsupportedModelError(
-                f"{model_type} with {key} = {value!r} is not understood: camera-serve reproduces "
-                f"{key} in {list(values)} only"
+                f"{model_type} with {key} = {value!r:.100} is not understood: {why}camera-serve "
+                f"reproduces {key} in {list(values)} only"
             )
 
 
@@ -257,6 +272,6 @@ def _check_spelled_out(text: Config, model_type: str, family: Family) -> None:
         value = getattr(text, key, ours)
         if value != ours:
             raise UnsupportedModelError(
-                f"{model_type} with {key} = {value!r:.100} is not understood: transformers makes "
-                f"{ours!r:.100} of the other settings"
+                f"{model_type} with {key} = {value!r:.100} is not understood: wanted "
+                f"{ours!r:.100}, which vLLM takes for granted or transformers makes of other ones"
             )

@@ -142,7 +142,8 @@ def check_alignment(widths: Sequence[int], align: int) -> None:
     for width in sorted(set(widths)):
         if width % align:
             common = math.gcd(*widths)
-            usable = max(a for a in (1, 2, 4, 8, 16, 32, 64) if common % a == 0)
+            # Coarser than this, small experts would be kept or removed as wholes.
+            usable = max(a for a in (1, 2, 4, 8, 16, 32) if common % a == 0)
             raise RecipeError(
                 f"align {align} does not divide the expert width {width}: use --align {usable}"
             )

@@ -1,5 +1,6 @@
 """Running the calibration tokens through one loaded MoE layer: its energies, and its inputs."""
 
+import copy
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -164,13 +165,14 @@ class _Ones(nn.Module):
 def scale_of_routed(loaded: StreamedLayer, moe_prefix: str) -> float:
     """What a MoE block multiplies its routed experts' output by: a part of each coefficient.
 
-    Most have it in the routing weights, and give 1 here. Raises `UnsupportedModelError` where the
+    Most have it in the routing weights, and give 1 here. In float32, as a number of config.json is
+    not one of bfloat16. Raises `UnsupportedModelError` where the
     block does more than scale.
     """
     assert loaded.experts is not None
-    token = loaded.experts.gate.new_ones(1, 1, loaded.experts.gate.shape[1])
+    token = loaded.experts.gate.new_ones(1, 1, loaded.experts.gate.shape[1]).float()
     with loaded.experts_replaced(_Ones(), AddsNothing()):
-        output = loaded.moe(token)
+        output = copy.deepcopy(loaded.moe).float()(token)
     scales = (output[0] if isinstance(output, tuple) else output).unique()
     if len(scales) != 1:
         raise UnsupportedModelError(

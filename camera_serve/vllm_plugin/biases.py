@@ -1,4 +1,4 @@
-"""Biases of a checkpoint that vLLM's model has no place for: it leaves them out silently."""
+"""Biases that the checkpoint or vLLM's model has, and the other has not: vLLM says nothing."""
 
 from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -24,3 +24,19 @@ def require_bias(method: QuantizeMethodBase, stored: str) -> None:
         process(layer)
 
     method.process_weights_after_loading = process_with_bias
+
+
+def refuse_bias(method: QuantizeMethodBase, stored: str) -> None:
+    """The other way round: let it raise `ServingError` if vLLM built the layer with a bias."""
+    process = method.process_weights_after_loading
+
+    def process_without_bias(layer: nn.Module) -> None:
+        if getattr(layer, "bias", None) is not None:
+            raise ServingError(
+                f"vLLM's model of this family has a bias for {stored}, and the checkpoint has "
+                "none: it would hold whatever lies in memory. Use transformers (`import "
+                "camera_serve.hf`), or a vLLM whose model has no bias there"
+            )
+        process(layer)
+
+    method.process_weights_after_loading = process_without_bias

@@ -18,12 +18,14 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.platforms import current_platform
 
 from camera_serve.checkpoint.format import LOST, CameraQuantizationConfig
 from camera_serve.checkpoint.reader import load_config, read_json
 from camera_serve.errors import CheckpointError, ServingError, first_line, quoted
 from camera_serve.models import MoeStructure, describe
 from camera_serve.vllm_plugin import contract
+from camera_serve.vllm_plugin.faults import warn_of_faults
 from camera_serve.vllm_plugin.loading import StoredNames, check_folder, check_hub_model
 from camera_serve.vllm_plugin.refusals import refuse_method, refuse_overrides
 
@@ -124,6 +126,8 @@ class CameraConfig(QuantizationConfig):
             self.quantization.check(structure)
             if folder.is_dir():
                 self._stored = check_folder(folder)
+                if self._stored is not None:
+                    warn_of_faults(hf_config, folder, on_cpu=current_platform.is_cpu())
             else:
                 from camera_serve.vllm_plugin.compat import hub_shapes
 
@@ -149,7 +153,7 @@ class CameraConfig(QuantizationConfig):
             for stored in (
                 *self.quantization.layers,
                 *(outside.modules if outside else ()),
-                *(self._stored.biased if self._stored else ()),
+                *(self._stored.biased | self._stored.unbiased if self._stored else ()),
             )
             for served in hf_to_vllm_mapper.apply_list([stored])
         }

@@ -117,7 +117,15 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "tp_rank",
         "tp_size",
     ),
-    f"{_LAYERS}.linear:UnquantizedLinearMethod": ("process_weights_after_loading",),
+    f"{_LAYERS}.linear:UnquantizedLinearMethod": (
+        "create_weights",
+        "process_weights_after_loading",
+    ),
+    f"{_LAYERS}.vocab_parallel_embedding:ParallelLMHead": ("weight_loader",),
+    f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod": (
+        "create_weights",
+        "process_weights_after_loading",
+    ),
     _MOE: ("is_monolithic",),
     "vllm.platforms:current_platform": ("is_cpu", "is_cuda", "is_cuda_alike"),
 }

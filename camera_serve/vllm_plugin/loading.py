@@ -285,17 +285,20 @@ def _part_of(rows: Rows, part: Part) -> torch.Tensor | None:
 class StoredNames:
     """What a checkpoint holds, by name.
 
-    carried: tensors that are not the model's own; biased: the model's own modules with a bias.
+    carried: tensors that are not the model's own; biased: the model's own modules with a bias;
+    unbiased: those with a weight alone.
     """
 
     carried: frozenset[str] = frozenset()
     biased: frozenset[str] = frozenset()
+    unbiased: frozenset[str] = frozenset()
 
     @classmethod
     def sort(cls, found: Set[str], own: Set[str]) -> "StoredNames":
         """Of all tensors, those of the model itself among them."""
-        biased = (name.removesuffix(".bias") for name in own if name.endswith(".bias"))
-        return cls(frozenset(found - own), frozenset(biased))
+        biased = {name.removesuffix(".bias") for name in own if name.endswith(".bias")}
+        weights = {name.removesuffix(".weight") for name in own if name.endswith(".weight")}
+        return cls(frozenset(found - own), frozenset(biased), frozenset(weights - biased))
 
 
 def check_folder(path: Path) -> StoredNames | None:

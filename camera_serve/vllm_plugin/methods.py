@@ -1,5 +1,6 @@
 """Which method each layer of a CAMERA checkpoint gets from vLLM: who holds and computes experts."""
 
+import re
 from collections.abc import Mapping
 from functools import partial
 
@@ -14,17 +15,22 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
 
 from camera_serve.checkpoint.format import CameraQuantizationConfig
 from camera_serve.errors import ServingError
 from camera_serve.models import MoeStructure, Projection
 from camera_serve.vllm_plugin import contract
-from camera_serve.vllm_plugin.biases import require_bias
+from camera_serve.vllm_plugin.arrivals import require_filled
+from camera_serve.vllm_plugin.biases import refuse_bias, require_bias
 from camera_serve.vllm_plugin.drafts import DRAFT_MODEL, draft_layers, why_no_draft
 from camera_serve.vllm_plugin.linear import SharedDownMethod, SharedGateUpMethod
 from camera_serve.vllm_plugin.loading import StoredNames, TierCounts
 from camera_serve.vllm_plugin.moe import CameraMoEMethod
-from camera_serve.vllm_plugin.outside import MERGED, outside_method
+from camera_serve.vllm_plugin.outside import MERGED, kept_method, outside_method
 from camera_serve.vllm_plugin.packed_shared import (
     PackedDownMethod,
     PackedGateUpMethod,
@@ -61,6 +67,7 @@ class LayerMethods:
         self._served_names = served_names
         self._stored_drafts = None if stored is None else draft_layers(stored.carried)
         self._biased = frozenset() if stored is None else stored.biased
+        self._unbiased = frozenset() if stored is None else stored.unbiased
         outside = quantization.outside_experts
         self._outside = outside_method(outside) if outside else None
         self._packed: dict[str, PackedSharedExpert] = {}
@@ -84,6 +91,8 @@ class LayerMethods:
                 self._require_draft(moe_prefix)
                 return None
             return self._experts_method(layer, moe_prefix, stored)
+        if isinstance(layer, ParallelLMHead):
+            return self._head_method(prefix)
         if not isinstance(layer, LinearBase):
             return None
         module, _, linear = prefix.rpartition(".")
@@ -92,13 +101,31 @@ class LayerMethods:
         if stored and name == self._structure.shared_expert_name:
             return self._shared_method(layer, stored, module, linear)
         names = self._stored_linears(prefix, merged)
-        method: QuantizeMethodBase | None = None
         if self._outside and self._is_kept(prefix, names):
-            method = self._outside.get_quant_method(layer, prefix)
-        method = method or UnquantizedLinearMethod()
+            method = kept_method(self._outside, layer, prefix)
+        else:
+            method = UnquantizedLinearMethod()
+            if self._is_in_own_layer(prefix):
+                require_filled(method, prefix)
         if biased := names & self._biased:
             require_bias(method, min(biased))
+        elif names <= self._unbiased:
+            refuse_bias(method, min(names))
         return method
+
+    def _head_method(self, prefix: str) -> QuantizeMethodBase | None:
+        """vLLM's own, for the head of the model itself: those of drafts may be filled later."""
+        if prefix.rpartition(".")[2] != "lm_head" or _drafts():
+            return None
+        method = UnquantizedEmbeddingMethod()
+        require_filled(method, prefix)
+        return method
+
+    def _is_in_own_layer(self, prefix: str) -> bool:
+        """Whether a linear layer is of the model's decoder layers, and of no draft's."""
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", prefix)
+        own = layer is not None and int(layer[1]) < self._structure.num_layers
+        return own and "mtp" not in prefix.split(".") and not _drafts()
 
     def _stored_linears(self, prefix: str, merged: Mapping[str, list[str]]) -> set[str]:
         """The checkpoint's names of a linear layer: of several, where vLLM has them in one."""
@@ -168,3 +195,8 @@ class LayerMethods:
         name = partial(self._structure.expert_prefix, number)
         counts = self.quantization.layout(stored).experts
         return CameraMoEMethod(layer.moe_config, counts, self.quantization.tiers, moe_prefix, name)
+
+
+def _drafts() -> bool:
+    """Whether another model may be built with the same method, to draft tokens for this one."""
+    return get_current_vllm_config().speculative_config is not None

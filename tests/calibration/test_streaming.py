@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from camera_serve import Calibration, Recipe, TierPlan, compress
 from camera_serve.calibration import streaming
@@ -66,21 +65,30 @@ def test_around_the_experts_streaming_gives_the_same_bits(family: str, tmp_path:
 
 
 def test_a_sliding_window_layer_keeps_its_mask(tmp_path: Path) -> None:
-    path = tiny_models.save(
-        "qwen2_moe",
-        tmp_path,
-        dtype=torch.float32,
-        use_sliding_window=True,
-        sliding_window=4,
-        max_window_layers=1,
-    )
+    path = tiny_models.save("afmoe", tmp_path, dtype=torch.float32, sliding_window=4)
     tokens = torch.randint(0, tiny_models.VOCAB_SIZE, (2, 24))
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    assert set(model.config.layer_types) == {"full_attention", "sliding_attention"}
-    model.model.norm = torch.nn.Identity()
-    with torch.no_grad():
-        wanted = model.model(tokens, use_cache=False).last_hidden_state
+    assert set(Checkpoint.open(path).config.layer_types) == {"full_attention", "sliding_attention"}
+    wanted = whole_model(path, tokens)
     torch.testing.assert_close(stream_all(path, tokens), wanted, rtol=1e-4, atol=1e-4)
+
+
+# Those of which transformers keeps some weights in float32, in one of the dtypes or in both.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "deepseek_v3", "deepseek_v32", "afmoe"])
+def test_weights_have_the_bits_that_transformers_loads(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path = tiny_models.save(family, tmp_path, dtype=torch.float32)
+    stream = ModelStream(Checkpoint.open(path), torch.device("cpu"), dtype)
+    whole: Any = layer_stack(tiny_models.load(path, dtype=dtype), stream.structure.modules)
+    exact = 0
+    for layer in range(stream.structure.num_layers):
+        wanted = whole.layers[layer].state_dict()
+        for name, weight in stream.load(layer).module.state_dict().items():
+            assert weight.dtype == wanted[name].dtype, name
+            assert weight.equal(wanted[name]), name
+            exact += weight.dtype == torch.float32
+    assert exact or (family, dtype) == ("afmoe", torch.bfloat16)
 
 
 def test_batches_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,7 +169,7 @@ def test_several_files_and_a_folder_of_them_are_one_text(tmp_path: Path, model: 
 
 def test_a_folder_without_texts_is_named(tmp_path: Path, model: Path) -> None:
     write(tmp_path / "notes.md", "x")
-    with pytest.raises(CalibrationError, match=r"holds no a \.txt"):
+    with pytest.raises(CalibrationError, match=r"holds no text: put a \.txt, .* into it"):
         calibration_windows(settings(tmp_path), model)
 
 

@@ -177,25 +177,27 @@ def test_a_wrong_token_is_told(hub: Hub, tmp_path: Path) -> None:
 
 def test_offline_without_a_copy_is_told(hub: Hub, tmp_path: Path) -> None:
     assert refusal(hub, tmp_path, HF_HUB_OFFLINE="1") == (
-        f"error: {MODEL} is not whole on this machine, and HF_HUB_OFFLINE=1 keeps it from being "
-        "downloaded: unset it, or give a local folder"
+        f"error: there is no folder {MODEL} here, and HF_HUB_OFFLINE=1 keeps a model of that name, "
+        "which is not whole on this machine, from being downloaded: correct the path, or unset it"
     )
+    named = refusal(hub, tmp_path, f"{MODEL}@v7", HF_HUB_OFFLINE="1")
+    assert named.startswith(f"error: there is no folder {MODEL}@v7 here")
     assert hub.asked == []
 
 
 def test_a_hub_that_does_not_answer_is_told(hub: Hub, tmp_path: Path) -> None:
     hub.status = 503
     assert refusal(hub, tmp_path) == (
-        f"error: the hub {hub.endpoint} answers 503 for {MODEL}, which is not whole on this "
-        "machine: try again later, or give a local folder"
+        f"error: there is no folder {MODEL} here, and the hub {hub.endpoint} answers 503 for it: "
+        "correct the path, or try again later"
     )
     hub.endpoint = "http://127.0.0.1:9"
     said = refusal(hub, tmp_path)
-    assert said.startswith("error: the hub http://127.0.0.1:9 cannot be reached (ConnectError: ")
-    assert said.endswith(
-        f") and {MODEL} is not whole on this machine: check network and proxy, or give a local "
-        "folder"
+    assert said.startswith(
+        f"error: there is no folder {MODEL} here, and the hub http://127.0.0.1:9 cannot be reached "
+        "(ConnectError: "
     )
+    assert said.endswith("): correct the path, or check network and proxy")
 
 
 def test_a_cut_connection_is_taken_up_where_it_broke(hub: Hub, shard: str, tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ def test_a_broken_download_goes_on_with_what_is_missing(
     assert said.startswith(f"error: the download of {MODEL} broke off (")
     assert said.endswith("): run the same command again, and it goes on")
     offline = refusal(hub, tmp_path, HF_HUB_OFFLINE="1")
-    assert offline.startswith(f"error: {MODEL} is not whole on this machine, and HF_HUB_OFFLINE=1")
+    assert offline.startswith(f"error: there is no folder {MODEL} here, and HF_HUB_OFFLINE=1")
     hub.cuts.clear()
     hub.asked.clear()
     done = download(hub, tmp_path)

@@ -208,3 +208,11 @@ def test_a_lock_of_another_machine_without_locks_names_the_file_to_delete(
         sole_writer(tmp_path / "out", "compress"),
     ):
         pass
+
+
+def test_where_nothing_can_be_created_is_said_at_once(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=r"x\.camera-lock cannot be created: .*another output"),
+        sole_writer(Path("/proc/x"), "compress"),
+    ):
+        pytest.fail("nothing can be written there")

@@ -18,7 +18,16 @@ from camera_serve.checkpoint.writer import serving_config
 from camera_serve.errors import CameraError, CheckpointError, UnsupportedModelError
 from tests import tiny_models
 from tests.editing import WEIGHTS, Tensors, edit_config, edit_weights
-from tests.originals import FP8_BLOCKS, WAYS, Published, mxfp4, publish
+from tests.originals import (
+    FP8_BLOCKS,
+    WAYS,
+    Encoder,
+    Published,
+    compressed_tensors,
+    fp8_whole,
+    mxfp4,
+    publish,
+)
 
 SIZES = {"hidden_size": 192, "moe_intermediate_size": 160, "num_hidden_layers": 2}
 """Not multiples of 128: every matrix has blocks that are cut off."""
@@ -336,6 +345,16 @@ def test_what_is_not_read_is_named(config: Any, message: str) -> None:
         parse(config)
 
 
+def test_mxfp4_of_single_experts_is_told_to_be_a_layout_that_is_not_read(
+    dense: Path, tmp_path: Path
+) -> None:
+    experts = r".*\.experts\.\d+\..*\.weight"
+    way = Published(mxfp4, {"quant_method": "mxfp4"}, quantized=experts)
+    publish(dense, tmp_path / "model", way)
+    with pytest.raises(UnsupportedModelError, match=r"mxfp4 of one matrix at a time .* not read"):
+        Checkpoint.open(tmp_path / "model")
+
+
 def test_a_pattern_of_targets_goes_before_a_class() -> None:
     weights = {"type": "float", "num_bits": 8, "strategy": "channel"}
     fp8 = {"targets": ["Linear"], "weights": weights, "format": "float-quantized"}
@@ -345,3 +364,110 @@ def test_a_pattern_of_targets_goes_before_a_class() -> None:
     title = quantization.formats("model.layers.0.mlp.experts.3.up_proj")[0].title
     assert title == "int4 in groups of 32"
     assert quantization.formats("model.layers.0.self_attn.q_proj")[0].title.startswith("FP8")
+
+
+SHAPES_OF_NOTHING = [
+    {"quantization": None},
+    {"quantization": 5},
+    {"quant_method": None, "quantization": ["quant_algo"]},
+    {**FP8_BLOCKS.config, "modules_to_not_convert": ["re:("]},
+    {**FP8_BLOCKS.config, "modules_to_not_convert": [None]},
+    {**WAYS["int4 groups"].config, "ignore": ["re:*experts"]},
+    {
+        **WAYS["int4 groups"].config,
+        "config_groups": {
+            "g": WAYS["int4 groups"].config["config_groups"]["group_0"] | {"targets": ["re:["]}
+        },
+    },
+]
+
+
+@pytest.mark.parametrize("config", SHAPES_OF_NOTHING, ids=str)
+def test_a_config_of_another_shape_is_refused_and_never_a_traceback(config: Any) -> None:
+    with pytest.raises(CameraError, match="quant"):
+        parse(config)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_positions_and_masks_beside_the_model_are_read_as_they_are(
+    quantized: bool, dense: Path, model: Path, tmp_path: Path
+) -> None:
+    path = model if quantized else Path(shutil.copytree(dense, tmp_path / "dense"))
+    beside = {
+        "visual.position_ids": torch.tensor([3, 1, 2**40]),
+        "visual.mask": torch.tensor([True, False]),
+    }
+    edit_weights(path, lambda tensors: tensors.update(beside))
+    checkpoint = Checkpoint.open(path)
+    for name, tensor in beside.items():
+        assert checkpoint.get(name).equal(tensor)
+    edit_weights(path, lambda tensors: tensors.update({"model.norm.weight": torch.arange(192)}))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is stored as I64"):
+        Checkpoint.open(path)
+
+
+FUSED_AND_QUERIES = r".*(\.experts\..*|self_attn\.._proj\.weight)"
+
+
+def stacked(encode: Encoder) -> Encoder:
+    """Every expert of a fused weight on its own; its shape is told once."""
+
+    def encoded(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        if weight.dim() == 2:
+            return encode(weight)
+        pairs = [encode(expert) for expert in weight]
+        parts = {key: torch.stack([p[key] for p, _ in pairs]) for key in pairs[0][0]}
+        if "_shape" in parts:
+            parts["_shape"] = torch.tensor(weight.shape)
+        return parts, torch.stack([value for _, value in pairs])
+
+    return encoded
+
+
+@pytest.mark.parametrize("way", ["int4 groups", "int4 groups, zero points", "nvfp4 of modelopt"])
+def test_fused_experts_that_are_packed_are_read_one_by_one(way: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128}
+    dense = tiny_models.save("qwen3_moe", tmp_path / "dense", original_format=False, **sizes)
+    fused = replace(
+        WAYS[way],
+        encode=stacked(WAYS[way].encode),
+        config=WAYS[way].config | {"ignore": ["lm_head"]},
+        quantized=FUSED_AND_QUERIES,
+        extra={},
+    )
+    copy = publish(dense, tmp_path / "model", fused)
+    same_tensors(Checkpoint.open(tmp_path / "model"), Checkpoint.open(copy))
+
+
+def mxfp4_packed(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """The blocks of gpt-oss in the parts of compressed-tensors."""
+    parts, decoded = mxfp4(weight)
+    return {"_packed": parts["_blocks"].flatten(-2), "_scale": parts["_scales"]}, decoded
+
+
+def named(way: str, **settings: str) -> Published:
+    return replace(WAYS[way], config=WAYS[way].config | settings)
+
+
+OTHER_NAMES = {
+    "mxfp4-pack-quantized": Published(
+        mxfp4_packed,
+        compressed_tensors(
+            "mxfp4-pack-quantized", type="float", num_bits=4, strategy="group", group_size=32
+        ),
+    ),
+    "naive-quantized": named("compressed-tensors fp8 per row", format="naive-quantized"),
+    "W4A16_NVFP4": named("nvfp4 of modelopt", quant_algo="W4A16_NVFP4"),
+    "FP8_PER_CHANNEL_PER_TOKEN": Published(
+        fp8_whole("_scale", lambda rows: (rows, 1)),
+        WAYS["fp8 of modelopt"].config | {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_formats_under_other_names_hold_the_weights_of_their_16_bit_copy(
+    name: str, dense: Path, tmp_path: Path
+) -> None:
+    copy = publish(dense, tmp_path / "model", OTHER_NAMES[name])
+    same_tensors(Checkpoint.open(tmp_path / "model"), Checkpoint.open(copy))

@@ -102,6 +102,28 @@ def test_weights_of_another_format_are_not_taken_for_the_model(tmp_path: Path, n
         Checkpoint.open(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("model-Q4_K_M.gguf", r"model-Q4_K_M\.gguf.*: download the model as safetensors"),
+        ("model.safetensors.incomplete", r"\.incomplete.*: download the model again"),
+        ("notes.txt", "download the model again"),
+    ],
+)
+def test_what_lies_there_instead_of_weights_is_named(model: Path, name: str, remedy: str) -> None:
+    for file in model.glob("*.safetensors*"):
+        file.unlink()
+    (model / name).touch()
+    with pytest.raises(CheckpointError, match=f"holds no safetensors file.*{remedy}"):
+        Checkpoint.open(model)
+
+
+def test_files_without_an_index_are_told_with_the_remedy(model: Path) -> None:
+    (model / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"but no model\.safetensors\.index\.json: download"):
+        Checkpoint.open(model)
+
+
 def test_an_index_that_points_outside_the_folder_is_refused(model: Path) -> None:
     index = model / "model.safetensors.index.json"
     data = json.loads(index.read_text())
@@ -131,7 +153,7 @@ def test_an_extra_tensor_is_named(model: Path, name: str, message: str) -> None:
 )
 def test_a_missing_tensor_is_named(model: Path, name: str) -> None:
     _edit(model, drop=name)
-    with pytest.raises(CheckpointError, match=f"{name} .* is missing"):
+    with pytest.raises(CheckpointError, match=f"{name} .* is missing: .* download .* again"):
         Checkpoint.open(model)
 
 
@@ -139,7 +161,7 @@ def test_a_missing_tensor_is_named(model: Path, name: str) -> None:
     "name",
     [
         "model.layers.0.self_attn.rotary_emb.inv_freq",
-        "model.layers.2.mlp.gate.weight",
+        "model.layers.2.eh_proj.weight",
         "mtp.fc.weight",
         "visual.patch_embed.proj.weight",
     ],
@@ -147,6 +169,18 @@ def test_a_missing_tensor_is_named(model: Path, name: str) -> None:
 def test_tensors_that_the_model_itself_does_not_load_may_stay(model: Path, name: str) -> None:
     _edit(model, add={name: torch.zeros(4)})
     assert Checkpoint.open(model).carried_names == {name}
+
+
+def test_a_layer_that_config_json_does_not_count_is_named(model: Path) -> None:
+    _set_config(model, num_hidden_layers=1, layer_types=["full_attention"])
+    with pytest.raises(CheckpointError, match="holds layer 1, but num_hidden_layers is 1"):
+        Checkpoint.open(model)
+
+
+def test_a_whole_model_beside_the_one_that_the_index_names_is_refused(model: Path) -> None:
+    save_file({"lm_head.weight": torch.zeros(320, 64)}, model / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"transformers reads the first, .*: remove the one"):
+        Checkpoint.open(model)
 
 
 def test_a_tensor_that_only_the_index_knows_is_named(model: Path) -> None:
@@ -247,3 +281,15 @@ def _edit(model: Path, *, add: dict[str, torch.Tensor] | None = None, drop: str 
 def _set_config(model: Path, **changes: object) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_a_file_that_the_index_does_not_name_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tiny_models.save("qwen3_moe", tmp_path, max_shard_size="200KB")
+    with caplog.at_level("WARNING"):
+        Checkpoint.open(path)
+        assert not caplog.records
+        save_file({"mtp.fc.weight": torch.ones(4, 4)}, path / "model_mtp.safetensors")
+        Checkpoint.open(path)
+    assert "model_mtp.safetensors holds tensors that model.safetensors.index.json" in caplog.text

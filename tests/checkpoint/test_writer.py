@@ -1,10 +1,17 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.checkpoint.writer import publish, serving_config, write_shard, write_text
+from camera_serve.checkpoint.writer import (
+    copy_side_files,
+    publish,
+    serving_config,
+    write_shard,
+    write_text,
+)
 from tests import tiny_models
 from tests.editing import edit_config
 
@@ -46,3 +53,21 @@ def test_what_a_family_spells_out_is_said_where_its_text_part_is_described(tmp_p
     found = serving_config(Checkpoint.open(path), None)
     assert found["text_config"]["norm_topk_prob"] is True
     assert found == said
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_tokenizer_of_code_is_told_where_nothing_stands_in_for_it(
+    fast: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, target = tmp_path / "model", tmp_path / "out"
+    source.mkdir()
+    target.mkdir()
+    code = {"auto_map": {"AutoTokenizer": ["tokenization.Tokenizer", None]}, "eos_token": "</s>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(code))
+    (source / "tiktoken.model").write_text("aGU= 0")
+    if fast:
+        (source / "tokenizer.json").write_text("{}")
+    with caplog.at_level("WARNING"):
+        copy_side_files(source, target)
+    assert ("--trust-remote-code" in caplog.text) != fast
+    assert json.loads((target / "tokenizer_config.json").read_text()) == {"eos_token": "</s>"}

@@ -82,6 +82,18 @@ def _not_a_number(config: dict[str, Any]) -> None:
     config["rms_norm_eps"] = float("nan")
 
 
+def _clamping_and_wrong(config: dict[str, Any]) -> None:
+    config |= {"model_type": "deepseek_v4", "sliding_window": None, "architectures": []}
+
+
+def _quantized_in_a_word(config: dict[str, Any]) -> None:
+    config["quantization_config"] = "fp8"
+
+
+def _quantized_somehow(config: dict[str, Any]) -> None:
+    config["quantization_config"] = {}
+
+
 def _quantized(config: dict[str, Any]) -> None:
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
 
@@ -95,6 +107,9 @@ def _quantized(config: dict[str, Any]) -> None:
         (_unknown_class, "Qwen2MoeForSomethingElse"),
         (_other_activation, "hidden_act = 'gelu'"),
         (_quantized, "gptq"),
+        (_clamping_and_wrong, "'deepseek_v4' is not supported: its experts clamp"),
+        (_quantized_in_a_word, "quantization_config is 'fp8': wanted an object with quant_method"),
+        (_quantized_somehow, "quantization_config has no quant_method"),
         (_unknown_rope, "config.json: transformers cannot build this model with rope_parameters"),
         (_no_heads, "cannot build this model with num_attention_heads = 0: ZeroDivisionError"),
         (
@@ -103,7 +118,7 @@ def _quantized(config: dict[str, Any]) -> None:
         ),
         (_more_choices_than_experts, "config.json: num_experts_per_tok is 9"),
         (_far_too_deep, "config.json: num_hidden_layers is 1000000000000"),
-        (_not_a_number, "config.json cannot be read as JSON: NaN is no number"),
+        (_not_a_number, "config.json cannot be read as JSON: NaN is no number in JSON: download"),
     ],
 )
 @pytest.mark.parametrize("command", ["compress", "analyze", "inspect", "verify"])

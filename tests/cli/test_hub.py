@@ -120,8 +120,9 @@ def test_a_model_that_is_not_there_is_one_line_with_the_remedy(
     result = run(*command("someone/other", tmp_path / "out"))
     assert result.exit_code == 1 and result.stdout == ""
     assert result.stderr == (
-        "error: someone/other is not whole on this machine, and HF_HUB_OFFLINE=1 keeps it from "
-        "being downloaded: unset it, or give a local folder\n"
+        "error: there is no folder someone/other here, and HF_HUB_OFFLINE=1 keeps a model of that "
+        "name, which is not whole on this machine, from being downloaded: correct the path, or "
+        "unset it\n"
     )
     assert list(tmp_path.iterdir()) == []
 

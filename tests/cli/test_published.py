@@ -75,6 +75,9 @@ def test_what_is_outside_the_experts_stays_in_fp8_when_asked(
     compress = ["compress", fp8, "-o", tmp_path / "kept", "--prune", "0.4", "--keep-fp8", *small]
     said = run(*compress, "--dry-run").stdout + run(*compress).stdout
     size = sum(t.nbytes for f in (tmp_path / "kept").glob("*.safetensors") for t in _tensors(f))
+    assert (
+        f"next, on a GPU or a CPU with AMX, as it holds FP8: vllm serve {tmp_path / 'kept'}" in said
+    )
     assert f"checkpoint      {human_bytes(size)}" in said
     assert f"-> {human_bytes(size)} (" in said
     assert run("verify", tmp_path / "kept", "--against", fp8).exit_code == 0

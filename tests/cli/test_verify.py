@@ -35,8 +35,30 @@ def test_dropped_micro_experts_are_counted_per_layer(
 def test_without_an_original_only_the_tensors_are_judged(run: Run, compressed: Path) -> None:
     result = run("verify", compressed)
     assert result.exit_code == 0, result.output
-    assert len(result.stdout.splitlines()) == 1
-    assert result.stdout.startswith("OK: ")
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["OK:", "no"]
+
+
+def test_without_the_report_of_compress_no_checksum_is_compared_and_that_is_said(
+    run: Run, model: Path, small: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run("compress", model, "-o", out, "--prune", 0.5, *small)
+    assert "no checksum" not in run("verify", out).stdout
+    report = json.loads((out / "camera_report.json").read_text())
+    (out / "camera_report.json").write_text(json.dumps({**report, "sha256": {}}))
+    assert "no checksum was compared: camera_report.json is of" in run("verify", out).stdout
+    (out / "camera_report.json").unlink()
+    result = run("verify", out)
+    assert result.exit_code == 0
+    assert f"no checksum was compared: {out} has no camera_report.json" in result.stdout
+    # An original never had one.
+    assert len(run("verify", model).stdout.splitlines()) == 1
+
+
+def test_settings_of_a_text_want_the_text(run: Run, model: Path, compressed: Path) -> None:
+    result = run("verify", compressed, "--against", model, "--samples", 3)
+    assert result.exit_code == 2
+    assert "--samples is of --calibration SOURCE" in result.stderr
 
 
 def test_json_lists_every_dropped_micro_expert(run: Run, model: Path, compressed: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ QUERY = "model.layers.1.self_attn.q_b_proj.weight"
 def add_draft(tensors: Tensors) -> None:
     last = [name for name in tensors if name.startswith("model.layers.2.")]
     tensors |= {name.replace(".2.", ".3.", 1): tensors[name].clone() for name in last}
+    tensors["model.layers.3.eh_proj.weight"] = torch.eye(64, 128, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +251,21 @@ def test_a_listed_module_that_does_not_exist_is_refused(kept: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=r"self_attn\.z\.weight is missing, but"):
         Checkpoint.open(kept)
+
+
+def test_only_what_vllm_serves_in_fp8_stays_in_it(text: Path, tmp_path: Path) -> None:
+    """Not the router, which is a matrix of a decoder layer as well."""
+    dense = tiny_models.save("deepseek_v3", tmp_path / "dense")
+    blocks = replace(FP8_BLOCKS, quantized=f"{FP8_BLOCKS.quantized}|.*mlp.gate.weight")
+    publish(dense, tmp_path / "fp8", blocks)
+    assert Checkpoint.open(tmp_path / "fp8").entries["model.layers.1.mlp.gate.weight"].coding
+    compress(tmp_path / "fp8", tmp_path / "out", recipe(text))
+    config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert "model.layers.1.self_attn.o_proj" in config["outside_experts"]["modules"]
+    assert not [m for m in config["outside_experts"]["modules"] if m.endswith(".mlp.gate")]
+
+
+def test_a_family_whose_fp8_layers_vllm_cannot_name_is_refused(text: Path, tmp_path: Path) -> None:
+    publish(tiny_models.save("deepseek", tmp_path / "dense"), tmp_path / "fp8", FP8_BLOCKS)
+    with pytest.raises(RecipeError, match="names no attention layer: start without --keep-fp8"):
+        compress(tmp_path / "fp8", tmp_path / "out", recipe(text))

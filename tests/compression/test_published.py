@@ -14,8 +14,8 @@ from camera_serve.errors import CheckpointError, DamagedWeightsError, OutputErro
 from camera_serve.evaluation.inspection import inspect
 from camera_serve.evaluation.verification import verify
 from camera_serve.progress import Progress
-from tests import tiny_models
-from tests.editing import WEIGHTS, Tensors, digest, edit_weights
+from tests import drafts, tiny_models
+from tests.editing import WEIGHTS, digest, edit_weights
 from tests.originals import FP8_BLOCKS, WAYS, Published, publish
 
 SIZES = {
@@ -87,12 +87,8 @@ def test_other_formats_become_what_their_16_bit_copies_become(
 def test_a_draft_layer_is_written_in_16_bits(
     dense: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
-    def add_draft(tensors: Tensors) -> None:
-        last = [name for name in tensors if name.startswith("model.layers.2.")]
-        tensors |= {name.replace(".2.", ".3.", 1): tensors[name].clone() for name in last}
-
     model = tiny_models.save("deepseek_v3", tmp_path / "dense")
-    edit_weights(model, add_draft)
+    drafts.add_deepseek_mtp(model)
     copy = publish(model, tmp_path / "model", FP8_BLOCKS)
     compress(tmp_path / "model", tmp_path / "out", recipe(text))
     written = Checkpoint.open(tmp_path / "out")

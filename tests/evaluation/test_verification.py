@@ -391,6 +391,36 @@ def test_a_file_that_was_added_for_engines_is_found(mixed: Path, tmp_path: Path)
         verify(out)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "extra.safetensors",
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "model.gguf",
+        "modeling_qwen2_moe.py",
+        "pytorch_model.bin.index.json",
+        "draft/model.safetensors",
+    ],
+)
+def test_weights_and_code_that_were_added_are_found(mixed: Path, tmp_path: Path, name: str) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    (out / name).parent.mkdir(exist_ok=True)
+    shutil.copyfile(next(out.glob("*-of-*.safetensors")), out / name)
+    with pytest.raises(CheckpointError, match=rf"{name} is no file that compress wrote"):
+        verify(out)
+
+
+@pytest.mark.parametrize("name", [".gitattributes", ".git/config", "plot.png"])
+def test_what_a_folder_gets_beside_a_model_is_not_asked_about(
+    mixed: Path, tmp_path: Path, name: str
+) -> None:
+    out = Path(shutil.copytree(mixed, tmp_path / "out"))
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("{}")
+    verify(out)
+
+
 @pytest.mark.parametrize("name", ["README.md", "camera_recipe.yaml", "camera.log"])
 def test_what_no_engine_reads_may_change(mixed: Path, tmp_path: Path, name: str) -> None:
     out = Path(shutil.copytree(mixed, tmp_path / "out"))

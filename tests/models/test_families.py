@@ -68,6 +68,13 @@ def _biases(config: Any) -> set[str]:
     return {name for name in names if name.endswith(".bias")}
 
 
+def test_what_vllm_would_do_is_said_of_a_setting_that_it_does_not_honour() -> None:
+    config = _config("olmoe")
+    config.tie_word_embeddings = True
+    with pytest.raises(UnsupportedModelError, match=r"= True is .*: vLLM's model would have anot"):
+        describe(config)
+
+
 def test_a_transformers_that_is_too_old_for_a_family_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -183,3 +190,13 @@ def test_parts_that_see_are_carried_over_under_their_names(tmp_path: Path) -> No
     assert found == seeing.keys()
     for name, tensor in seeing.items():
         assert written.get(name).equal(tensor)
+
+
+@pytest.mark.parametrize("family", tiny_models.FORMS)
+def test_a_model_with_no_experts_is_called_dense(family: str) -> None:
+    config = _config(family)
+    text = config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    setattr(text, next(name for name in names if getattr(text, name, None)), 0)
+    with pytest.raises(UnsupportedModelError, match=f"this {family} model has experts in none of"):
+        describe(config)

@@ -44,7 +44,7 @@ def another(value: Any) -> Any:
         case int() | float():
             return value + 1
         case list():
-            return [*value, 1]
+            return [*value, *(value[-1:] or [1])]
         case None:
             return 2.0
         case _:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.errors import CheckpointError
-from tests import tiny_models
+from tests import drafts, tiny_models
 from tests.editing import WEIGHTS, Tensors, edit_weights
 from tests.pruning import structure_of
 from tests.quantized import compress
@@ -63,6 +63,7 @@ def test_a_fused_draft_layer_is_carried_over_expert_by_expert(fused: Path) -> No
     def add(tensors: Tensors) -> None:
         for part in ("gate_up_proj", "down_proj"):
             tensors[f"model.layers.2.mlp.experts.{part}"] = tensors[f"{EXPERTS}.{part}"] + 1
+        tensors["model.layers.2.eh_proj.weight"] = torch.zeros(64, 128).bfloat16()
 
     edit_weights(fused, add)
     checkpoint = Checkpoint.open(fused)
@@ -228,6 +229,7 @@ def test_what_drafts_the_next_tokens_is_carried_over(
 ) -> None:
     path = tiny_models.save(family, tmp_path / "model")
     draft = torch.randn(48, 64).bfloat16()
+    drafts.add_mtp(family, path)
     edit_weights(path, lambda tensors: tensors.update({name: draft}))
     compress(path, tmp_path / "out", "16:0.5,0:0.5")
     assert Checkpoint.open(tmp_path / "out").get(name).equal(draft)

@@ -4,7 +4,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from camera_serve.errors import RecipeError
-from camera_serve.ragged.layout import rank, tier_counts, tier_totals
+from camera_serve.ragged.layout import check_alignment, rank, tier_counts, tier_totals
 from camera_serve.recipe import Tier, TierPlan
 
 PRUNE_40 = TierPlan.prune(0.4)
@@ -45,6 +45,11 @@ def test_alignment_rounds_by_largest_remainder() -> None:
     # largest remainders, first expert first on a tie.
     energies = energies_of([9] * 6 + [0] * 2, [9] * 3 + [0] * 5, [9] * 3 + [0] * 5)
     assert tier_counts(energies, TierPlan.prune(0.5), 4) == ((4, 4), (4, 4), (4, 4))
+
+
+def test_the_remedy_for_an_align_is_no_coarser_than_the_usual_one() -> None:
+    with pytest.raises(RecipeError, match="the expert width 64: use --align 32"):
+        check_alignment([64, 128], 48)
 
 
 def test_align_that_does_not_divide_the_width_is_refused_with_a_remedy() -> None:

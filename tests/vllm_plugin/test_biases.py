@@ -73,3 +73,9 @@ def test_a_layer_with_what_is_stored_is_processed_as_vllm_does(
     with torch.no_grad():
         found.process_weights_after_loading(layer)
     assert processed == [layer]
+
+
+def test_a_bias_that_nothing_stored_fills_is_refused_once_loaded(checkpoint: Path) -> None:
+    found = method(checkpoint, "model.layers.1.self_attn.o_proj")
+    with pytest.raises(ServingError, match=r"a bias for model\.layers\.1\.self_attn\.o_proj, and"):
+        found.process_weights_after_loading(linear(bias=True))

@@ -202,3 +202,21 @@ def test_a_folder_that_lost_a_scale_is_not_served(pair: tuple[Path, Path], tmp_p
     edit_config(tmp_path, another)
     with pytest.raises(CheckpointError, match=f"{LAYER}.mlp.gate.weight"):
         opened(tmp_path)
+
+
+def test_a_device_without_a_kernel_for_fp8_is_told_what_to_do(
+    config: CameraConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_kernel(**_: Any) -> None:
+        raise ValueError("Failed to find a kernel that can implement the layer. Reasons: no AMX")
+
+    monkeypatch.setattr(vllm_fp8, "init_fp8_linear_kernel", no_kernel)
+    for name, value in (("rank", 0), ("world_size", 1)):
+        function = f"get_tensor_model_parallel_{name}"
+        monkeypatch.setattr(f"vllm.model_executor.parameter.{function}", lambda v=value: v)
+        monkeypatch.setattr(f"vllm.distributed.{function}", lambda v=value: v)
+    prefix = f"{LAYER}.self_attn.o_proj"
+    with pytest.raises(ServingError, match=rf"^{prefix} is .*again without --keep-fp8"):
+        method(config, prefix).create_weights(
+            Linear(), 128, [128], 128, 128, torch.bfloat16, weight_loader=None
+        )

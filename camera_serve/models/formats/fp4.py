@@ -50,10 +50,11 @@ class Fp4:
         return (*rows, 2 * half)
 
     def part_shapes(self, shape: Shape) -> Mapping[str, tuple[Shape, ...]]:
-        """One scale per group; the factor is one number."""
+        """One scale per group; the factor is one number, or one for each of fused experts."""
         *rows, columns = shape
+        factors = ((), (1,)) if len(shape) == 2 else ((), (1,), shape[:1], (*shape[:1], 1))
         scales = {"_scale": ((*rows, ceil_div(columns, self.group)),)}
-        return scales | ({self.factor: ((), (1,))} if self.factor else {})
+        return scales | ({self.factor: factors} if self.factor else {})
 
     def scales(self, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Those of the groups, and the factor."""

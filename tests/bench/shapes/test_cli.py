@@ -10,7 +10,7 @@ from bench.shapes.__main__ import main
     [
         (["--plan", "16:0.9"], "fractions must sum to 1"),
         (["--vocab", "100"], "the tokenizer alone has 2048 tokens"),
-        (["--plan", "16:0.5,0:0.5", "--align", "7"], "use --align 64"),
+        (["--plan", "16:0.5,0:0.5", "--align", "7"], "use --align 32"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
