@@ -13,7 +13,6 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from bench.quality.ablations import ablated, down_along_micro_experts, sliced_by
 from bench.stored import DOCS, environment, put_in_page, stored
 from camera_serve import Calibration, Recipe, TierPlan, compress
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.evaluation.perplexity import Score, divergence, likelihood, load_model, windows_of
+from camera_serve.evaluation.perplexity import Cost, costs, load_model, windows_of
 
 RESULTS = reference.ROOT / "bench" / "results" / "quantization-reference-moe.json"
 RESULT_VERSION = 2
@@ -41,14 +40,6 @@ PLANS = {
     "pruned by 40% and quantized": "4:0.3,3:0.3,0:0.4",
     "pruned only, to the same bytes": "16:0.140625,0:0.859375",
 }
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a method costs on one text: its likelihood, and how far it is from the dense model."""
-
-    likelihood: Score
-    divergence: Score
 
 
 Costs = dict[str, Cost]
@@ -74,23 +65,20 @@ def main() -> None:
     dense = load_model(options.model)
 
     def measured(model: Any) -> Costs:
-        return {
-            name: Cost(likelihood(model, found), divergence(model, dense, found))
-            for name, found in windows.items()
-        }
+        return {name: costs([model], dense, found)[0] for name, found in windows.items()}
 
-    costs: dict[str, Costs] = {}
+    by_method: dict[str, Costs] = {}
     bits: dict[str, float] = {}
     for name, found, per_weight in _methods(options.model, calibration, measured):
-        costs[name], bits[name] = found, per_weight
+        by_method[name], bits[name] = found, per_weight
         print(f"{name}: " + ", ".join(map(_brief, found.values())), flush=True)
-    rows = [_row(name, costs, bits[name]) for name in costs]
+    rows = [_row(name, by_method, bits[name]) for name in by_method]
     result = {
         "version": RESULT_VERSION,
         "environment": environment(),
         "samples": options.samples,
         "tokens": {
-            name: int(cost.likelihood.tokens.sum()) for name, cost in costs["dense"].items()
+            name: int(cost.likelihood.tokens.sum()) for name, cost in by_method["dense"].items()
         },
         "rows": rows,
     }
@@ -127,8 +115,9 @@ def _brief(cost: Cost) -> str:
     return f"{math.exp(cost.likelihood.mean):.3f} ({cost.divergence.mean:.4f} nats)"
 
 
-def _row(name: str, costs: dict[str, Costs], bits: float) -> dict[str, Any]:
-    texts = {text: _figures(cost, costs[BASE][text]) for text, cost in costs[name].items()}
+def _row(name: str, by_method: dict[str, Costs], bits: float) -> dict[str, Any]:
+    base = by_method[BASE]
+    texts = {text: _figures(cost, base[text]) for text, cost in by_method[name].items()}
     return {"method": name, "bits_per_weight": bits, "base": BASE, "texts": texts}
 
 

@@ -13,6 +13,7 @@ from bench.shapes.published import Shape, layer_counts
 from camera_serve.errors import CameraError
 from camera_serve.kernels.cpu import pack_layer, ragged_moe
 from camera_serve.ragged.layer import PackedRows, RaggedLayer, RaggedTier, Rows
+from camera_serve.ragged.layout import LayerLayout
 from camera_serve.ragged.packing import words_per_row
 from camera_serve.recipe import TierPlan
 
@@ -88,12 +89,19 @@ def stock_contestants(dense: DenseWeights) -> Iterator[Contestant]:
 
 
 def camera(layer: RaggedLayer, plan: TierPlan, d_model: int) -> Contestant:
+    """Our kernel on a ragged layer that a plan has left."""
+    return camera_named(name_of(plan), layer, plan.bits, d_model)
+
+
+def camera_named(
+    name: str, layer: RaggedLayer, tier_bits: Sequence[int], d_model: int
+) -> Contestant:
     """Our kernel on a ragged layer."""
     packed = pack_layer(layer)
     counts = torch.tensor([tier.offsets for tier in layer.tiers]).diff(dim=1)
-    row_bytes = torch.tensor([micro_expert_bytes(bits, d_model) for bits in plan.bits])
+    row_bytes = torch.tensor([micro_expert_bytes(bits, d_model) for bits in tier_bits])
     return Contestant(
-        name=name_of(plan),
+        name=name,
         kind="camera",
         run=lambda x, weights, ids: ragged_moe(x, weights, ids, packed),
         expert_bytes=(counts * row_bytes[:, None]).sum(0),
@@ -130,9 +138,20 @@ def random_layer(
     generator: torch.Generator,
 ) -> RaggedLayer:
     """What a plan leaves of layer `seed`: 16-bit rows are the dense ones, codes are random."""
-    counts = torch.tensor(layer_counts(shape, plan, seed).experts)
+    return layer_of(shape, plan.bits, layer_counts(shape, plan, seed), dense, generator)
+
+
+def layer_of(
+    shape: Shape,
+    tier_bits: Sequence[int],
+    layout: LayerLayout,
+    dense: DenseWeights,
+    generator: torch.Generator,
+) -> RaggedLayer:
+    """The routed experts of a layout: 16-bit rows are the dense ones, codes are random."""
+    counts = torch.tensor(layout.experts)
     tiers: list[RaggedTier[Rows]] = []
-    for bits, widths in zip(plan.bits, counts.T.tolist(), strict=True):
+    for bits, widths in zip(tier_bits, counts.T.tolist(), strict=True):
         offsets = (0, *accumulate(widths))
         if bits == 16:
             tiers.append(_first_rows(dense, widths, offsets))

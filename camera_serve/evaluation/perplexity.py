@@ -1,6 +1,6 @@
 """Perplexity and divergence over windows of a text, and paired comparisons on the same windows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +78,34 @@ def divergence(
     Unlike perplexity it cannot fall by losing what the dense model had learned wrongly.
     """
     return _score(windows, lambda w: _divergence(_logits(model, w), _logits(dense, w)))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs on a text: its likelihood, and how far it is from the dense model."""
+
+    likelihood: Score
+    divergence: Score
+
+
+@torch.inference_mode()
+def costs(
+    models: Sequence[PreTrainedModel], dense: PreTrainedModel, windows: list[torch.Tensor]
+) -> list[Cost]:
+    """`likelihood` and `divergence` of several models, the dense one run once for all of them."""
+    likelihoods = torch.zeros(len(models), len(windows), dtype=torch.float64)
+    divergences = torch.zeros_like(likelihoods)
+    for number, window in enumerate(windows):
+        wanted = _logits(dense, window)
+        for which, model in enumerate(models):
+            found = _logits(model, window)
+            likelihoods[which, number] = _cross_entropy(found, window[0, 1:])
+            divergences[which, number] = _divergence(found, wanted)
+    tokens = torch.tensor([window.shape[1] - 1 for window in windows], dtype=torch.float64)
+    return [
+        Cost(Score(likely, tokens), Score(away, tokens))
+        for likely, away in zip(likelihoods, divergences, strict=True)
+    ]
 
 
 def _score(windows: list[torch.Tensor], total: Callable[[torch.Tensor], torch.Tensor]) -> Score:
