@@ -213,6 +213,8 @@ class Recipe(Settings):
         if len(goals) != 1:
             found = " and ".join(goals) or "none"
             raise ValueError(f"wanted exactly one of {', '.join(GOALS)}, found {found}")
+        if self.sweeps and self.packed:
+            raise ValueError("sweeps are for pruning alone: set sweeps to 0, or keep 16 bits")
         if self.plan is None and self.budget == "layer":
             raise ValueError(f"{goals[0]} is a budget of the whole model: set budget to model")
         return self

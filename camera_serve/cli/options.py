@@ -244,11 +244,14 @@ def _is_given(ctx: click.Context, name: str) -> bool:
 
 
 def _by_flag(error: "ValidationError") -> str:
-    lines = [
-        f"Invalid value for {_flag(str(item['loc'][-1]))}: "
-        f"{item['msg'].removeprefix('Value error, ')}, found {item['input']!r}."
-        for item in error.errors()
-    ]
+    lines = []
+    for item in error.errors():
+        message = item["msg"].removeprefix("Value error, ")
+        if item["loc"]:
+            flag = _flag(str(item["loc"][-1]))
+            lines.append(f"Invalid value for {flag}: {message}, found {item['input']!r}.")
+        else:
+            lines.append(f"{message[:1].upper()}{message[1:]}.")
     return " ".join(lines)
 
 

@@ -14,7 +14,7 @@ import torch
 from camera_serve.calibration.inputs import HELD_BACK, RoutedInputs
 from camera_serve.calibration.streaming import StreamedLayer
 from camera_serve.ragged.layer import RaggedTier
-from camera_serve.ranking.gram import phi_of
+from camera_serve.ranking.gram import TOKENS_AT_ONCE, phi_of
 
 MOST_TOKENS = 4096
 """Judged on at most: enough for two digits, and their outputs are held for a layer."""
@@ -49,7 +49,7 @@ class Judge:
         count = min(len(inputs.x) // HELD_BACK, MOST_TOKENS)
         last, last_shared = inputs.last(count), of_shared and of_shared.last(count)
         shared = rows_of_shared(loaded.shared) if last_shared else None
-        outputs, energy = _outputs(loaded.experts, last, shared, last_shared, scale, device)
+        outputs, energy = outputs_of(loaded.experts, last, shared, last_shared, scale, device)
         return cls(last, last_shared, scale, outputs, energy)
 
     def error(
@@ -59,7 +59,7 @@ class Judge:
         if not self.energy > 0:
             return None
         device = self.outputs.device
-        made, _ = _outputs(experts, self.inputs, shared, self.of_shared, self.scale, device)
+        made, _ = outputs_of(experts, self.inputs, shared, self.of_shared, self.scale, device)
         return float((self.outputs - made).square().sum(dtype=torch.float64)) / self.energy
 
 
@@ -69,7 +69,7 @@ def rows_of_shared(shared: Any) -> RaggedTier[torch.Tensor]:
     return RaggedTier(gate, up, down, (0, len(gate)))
 
 
-def _outputs(
+def outputs_of(
     experts: RaggedTier[torch.Tensor],
     inputs: RoutedInputs,
     shared: RaggedTier[torch.Tensor] | None,
@@ -77,7 +77,10 @@ def _outputs(
     scale: float,
     device: torch.device,
 ) -> tuple[torch.Tensor, float]:
-    """What a layer's experts add to each token, and Σ_j E_j."""
+    """What a layer's experts add to each token, float32 `[num_tokens, d_model]`, and Σ_j E_j.
+
+    scale: what the layer multiplies its routed experts' output by.
+    """
     outputs = torch.zeros(inputs.x.shape, dtype=torch.float32, device=device)
     energy = _add(outputs, experts, inputs, scale)
     if shared and of_shared:
@@ -98,9 +101,10 @@ def _add(
             matrix[rows].to(outputs.device, torch.float32)
             for matrix in (experts.gate, experts.up, experts.down)
         )
-        ((x, weights),) = inputs.batches(expert, len(tokens), outputs.device)
-        phi = scale * phi_of((gate, up), x, weights)
-        outputs.index_add_(0, tokens.to(outputs.device), phi @ down)
         norms = down.square().sum(1, dtype=torch.float64)
-        energy += float(phi.square().sum(0, dtype=torch.float64) @ norms)
+        batches = inputs.batches(expert, TOKENS_AT_ONCE, outputs.device)
+        for some, (x, weights) in zip(tokens.split(TOKENS_AT_ONCE), batches, strict=True):
+            phi = scale * phi_of((gate, up), x, weights)
+            outputs.index_add_(0, some.to(outputs.device), phi @ down)
+            energy += float(phi.square().sum(0, dtype=torch.float64) @ norms)
     return energy

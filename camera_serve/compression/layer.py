@@ -16,6 +16,7 @@ from camera_serve.checkpoint.reader import Checkpoint
 from camera_serve.compression.judging import Judge, rows_of_shared
 from camera_serve.compression.quantize.experts import quantize_experts
 from camera_serve.compression.refit import Refitted, refit_experts
+from camera_serve.compression.sweeps import Whole
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.ragged.layer import RaggedTier
 from camera_serve.ranking.layer import measure, record, scale_of_routed
@@ -109,13 +110,17 @@ def compress_layer(
     of_shared = None
     if inputs and loaded.shared is not None:
         of_shared = inputs_of_shared(inputs, loaded.shared_gate)
-    judge = None
+    judge = whole = None
     if inputs and (recipe.surveys or recipe.refit):
         scale = scale_of_routed(loaded, stream.structure.moe_prefix(layer))
         judge = Judge.of(loaded, inputs, of_shared, scale, stream.device)
+        if recipe.sweeps:
+            whole = Whole.of(loaded, inputs, of_shared, scale, stream.device)
     fit, fit_shared = (_fitting(own, recipe, stream) for own in (inputs, of_shared))
     routed = _kept_routed(stream, layer, loaded.experts, selection, fit)
     shared = _kept_shared(stream, layer, loaded.shared, selection, fit_shared)
+    if whole:
+        _sweep(whole, routed, shared, recipe.sweeps, stream.checkpoint.dtype)
     tensors: dict[str, torch.Tensor] = {}
     rounded: tuple[int, ...] = ()
     uncompensated: tuple[int, ...] = ()
@@ -142,6 +147,16 @@ def compress_layer(
     return CompressedLayer(
         tensors, going_on, tokens, selection, rounded, unfitted, uncompensated, unpolished, error
     )
+
+
+def _sweep(
+    whole: Whole, routed: _Kept, shared: _Kept | None, rounds: int, stored: torch.dtype
+) -> None:
+    """Fit what is kept, in place, to what the whole layer gave."""
+    changed = whole.fit(routed.rows, shared.rows if shared else None, rounds, stored)
+    for kept, own in zip([part for part in (routed, shared) if part], changed, strict=True):
+        for expert in own:
+            kept.fitted.down[expert] = kept.rows.down[kept.rows.rows(expert)].clone()
 
 
 def _norms(loaded: StreamedLayer) -> list[torch.Tensor]:

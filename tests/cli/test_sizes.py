@@ -149,3 +149,12 @@ def test_a_recipe_file_with_no_one_goal_is_refused(
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith(f"error: recipe {file}") and result.stderr.count("\n") == 1
     assert named in result.stderr
+
+
+@pytest.mark.parametrize("goal", [["--bits", "2"], ["--bits-per-weight", "4"]])
+def test_sweeps_of_packed_tiers_are_refused(
+    run: Run, model: Path, small: list[str], tmp_path: Path, goal: list[str]
+) -> None:
+    result = run("compress", model, "-o", tmp_path / "out", *FIT, *goal, "--sweeps", "1", *small)
+    assert result.exit_code == 2
+    assert "Sweeps are for pruning alone: set sweeps to 0, or keep 16 bits." in result.stderr

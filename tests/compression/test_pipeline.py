@@ -648,6 +648,23 @@ def test_what_left_a_finished_survey_is_not_read_again(
     assert set(steps) == {"compress"}
 
 
+def test_swept_layers_are_nearer_to_the_original(model: Path, tmp_path: Path, text: Path) -> None:
+    errors = {}
+    for sweeps in (0, 2):
+        enough = Calibration(source=str(text), samples=24, seq_len=64)
+        asked = by_plan(text, "16:0.5,0:0.5", refit=True, sweeps=sweeps, calibration=enough)
+        compress(model, tmp_path / f"{sweeps}", asked)
+        found = output_errors(
+            Checkpoint.open(model),
+            Checkpoint.open(tmp_path / f"{sweeps}"),
+            asked.calibration,
+            device=torch.device("cpu"),
+        )
+        errors[sweeps] = found[0]
+    assert errors[2] < 0.99 * errors[0]
+    verify(tmp_path / "2", against=model)
+
+
 def test_refitted_experts_keep_gate_and_up_and_are_nearer_to_the_original(
     model: Path, tmp_path: Path, text: Path
 ) -> None:
