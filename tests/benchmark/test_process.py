@@ -62,6 +62,8 @@ def _interrupted(wait):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_ends_the_process_lets_blocks_end_first(number: signal.Signals) -> None:
+    # These tests may run under nohup.
+    signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     ended = False
     with pytest.raises(SystemExit) as caught, termination_as_exit():

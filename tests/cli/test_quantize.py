@@ -94,7 +94,7 @@ def test_dry_run_says_what_the_solver_holds(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = ("-o", str(tmp_path / "out"), "--bits", "2", "--dry-run")
-    size = SolveSize(num_experts=8, width=64, d_model=64, group_size=32)
+    size = SolveSize(num_experts=8, width=64, d_model=64, group_size=32, polish=True)
     monkeypatch.setattr(cost, "SOLVER_BYTES", 3 * size.expert_bytes)
     lines = run(folder, *plan).output.splitlines()
     (solver,) = (line for line in lines if line.startswith("  solver"))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -162,6 +164,10 @@ def test_a_draft_layer_is_carried_over_bit_by_bit(family: str, tmp_path: Path) -
         assert written.get(name).equal(tensor)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.14"),
+    reason="this transformers saves the bias of a layer that sees in another order than it read",
+)
 def test_what_transformers_saves_gives_what_the_published_checkpoint_gives(tmp_path: Path) -> None:
     dense = tiny_models.save("kimi_k25", tmp_path / "dense")
     model = tiny_models.load(dense, dtype="auto")
