@@ -164,7 +164,8 @@ class Recipe(Settings):
     where the original has them so.
 
     Version 1 drew other windows of calibration texts above 1.5 million characters; of shorter ones
-    the same. Versions 1 and 2 leave out what `PAPER` says.
+    the same. Versions 1 and 2 leave out what `PAPER` says. `alpha` is of energies that rank without
+    a survey, as the paper's do.
     """
 
     version: Literal[1, 2, 3] = 3
@@ -215,6 +216,8 @@ class Recipe(Settings):
             raise ValueError(f"wanted exactly one of {', '.join(GOALS)}, found {found}")
         if self.sweeps and self.packed:
             raise ValueError("sweeps are for pruning alone: set sweeps to 0, or keep 16 bits")
+        if self.sweeps and not self.refit:
+            raise ValueError("sweeps begin with what a refit has found: set refit to true")
         if self.plan is None and self.budget == "layer":
             raise ValueError(f"{goals[0]} is a budget of the whole model: set budget to model")
         return self
@@ -243,6 +246,11 @@ class Recipe(Settings):
     def surveys(self) -> bool:
         """Whether a pass over the dense model comes first."""
         return self.budget == "model" or self.eliminates
+
+    @property
+    def polishes(self) -> bool:
+        """Whether codes are polished: those of GPTQ are."""
+        return self.polish and self.solver == "gptq"
 
     @property
     def goal(self) -> str:

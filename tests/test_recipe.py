@@ -103,3 +103,17 @@ def test_a_file_that_is_no_recipe_is_told_in_one_sentence(tmp_path: Path, text: 
     file.write_text(text)
     with pytest.raises(RecipeError, match="is none: it holds other settings than those of a run"):
         Recipe.load(file)
+
+
+def test_sweeps_begin_with_a_refit_of_16_bits() -> None:
+    for changes, why in (
+        ({"refit": False}, "set refit to true"),
+        ({"plan": "2:1"}, "keep 16 bits"),
+    ):
+        settings = {
+            "plan": "16:0.5,0:0.5",
+            "calibration": RECIPE.calibration,
+            "sweeps": 1,
+        } | changes
+        with pytest.raises(ValidationError, match=why):
+            Recipe(**settings | {"plan": TierPlan.parse(str(settings["plan"]))})

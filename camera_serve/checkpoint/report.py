@@ -24,6 +24,9 @@ _LATER = (
 class LayerReport(Settings):
     """One MoE layer: kept widths per expert, tokens seen, and the share of energy that was kept.
 
+    Where a survey says how many stay of each expert and the compressed layers' tokens which,
+    `energy_kept` is of the survey's choice.
+
     `rounded_experts` saw too few tokens for GPTQ: their codes are rounded to nearest.
     Of these the shared expert counts as the last: `ranked_by_energy` were to be taken apart, and
     saw too few tokens or are too wide; `unfitted_experts` keep their down vectors, as new ones that

@@ -159,6 +159,8 @@ def recipe_from(ctx: click.Context) -> "Recipe":
     if flags["analysis"] is not None:
         flags = flags | _as_analyzed(ctx, flags["analysis"])
     recipe = validated(Recipe, calibration_values(flags) | own)
+    if recipe.surveys:
+        refuse_given(ctx, ["alpha"], "is of the paper's ranking: it goes with --paper.")
     if not recipe.packed:
         refuse_given(ctx, ["group_size", "solver"], _NOTHING_PACKED)
     return recipe

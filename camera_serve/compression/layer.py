@@ -280,7 +280,7 @@ def _quantize(
         solver=recipe.solver,
         weighted=recipe.weighted,
         refit=recipe.refit,
-        polish=recipe.polish,
+        polish=recipe.polishes,
         device=device,
     ):
         end = kept.rows.offsets[solved.expert + 1]

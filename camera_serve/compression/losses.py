@@ -96,7 +96,7 @@ def _solved(
         solver=recipe.solver,
         weighted=recipe.weighted,
         refit=recipe.refit,
-        polish=recipe.polish,
+        polish=recipe.polishes,
         device=device,
     )
     for bits, quantized in zip(widths, found, strict=True):

@@ -180,7 +180,8 @@ def compress(
             try:
                 with run_log(workspace.path / LOG_FILE):
                     logger.info("compress %s to %s: %s", model, output, recipe.model_dump_json())
-                    if stored:
+                    # Layers that are compressed already went by the survey that there is.
+                    if stored and workspace.layers_surveyed < checkpoint.structure.num_layers:
                         _take_survey(run, stored)
                     selections = _survey_layers(run, windows.tokens, reporter())
                     _compress_layers(run, windows.tokens, selections, reporter())

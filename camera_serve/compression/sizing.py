@@ -252,7 +252,8 @@ def estimate_for(
         peak_memory_bytes=held
         + tiers
         + max(solver, batch, decoding)
-        + 2 * _hidden_bytes(checkpoint, recipe),
+        + 2 * _hidden_bytes(checkpoint, recipe)
+        + _swept_bytes(structure, recipe),
         layer_bytes=layer,
         mapped_bytes=mapped,
         layers_at_once=layers_at_once(device),
@@ -374,6 +375,11 @@ def _gram_bytes(structure: MoeStructure, recipe: Recipe) -> int:
     return each + recipe.eliminates * 4 * sum(number * square for number, square in squares)
 
 
+def _swept_bytes(structure: MoeStructure, recipe: Recipe) -> int:
+    """What a layer's experts gave every token, and what is left of them gives, in float32."""
+    return 2 * 4 * recipe.calibration.num_tokens * structure.d_model if recipe.sweeps else 0
+
+
 def _batch_bytes(structure: MoeStructure, recipe: Recipe) -> int:
     """Float32 activations of one batch in the layer's experts."""
     at_once = max(TOKENS_PER_BATCH, recipe.calibration.seq_len)
@@ -393,7 +399,7 @@ def _solves(structure: MoeStructure, recipe: Recipe, share: float = 1) -> list[S
             max(1, round(share * d_ff)),
             structure.d_model,
             recipe.group_size,
-            recipe.polish,
+            recipe.polishes,
         )
         for number, d_ff in kinds
     ]

@@ -59,7 +59,7 @@ class Whole:
         parts = [Part(routed, self.inputs, self.scale)]
         if shared and self.of_shared:
             parts.append(Part(shared, self.of_shared, 1.0))
-        return sweep(parts, self.outputs - made, rounds, stored)
+        return sweep(parts, made.neg_().add_(self.outputs), rounds, stored)
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,23 @@ def sweep(
     for _ in range(rounds):
         for part, (fitting, held), own in zip(parts, split, changed, strict=True):
             for expert in range(len(part.rows.offsets) - 1):
-                change = _change(part, fitting, residual, expert, stored)
-                if change is not None and _gain(part, held, residual, expert, change) > 0:
-                    part.rows.down[part.rows.rows(expert)] += change.to(part.rows.down)
+                fitted = _fitted(part, fitting, residual, expert, stored)
+                if fitted is None:
+                    continue
+                down = part.rows.down[part.rows.rows(expert)]
+                change = fitted.float() - down.to(residual)
+                if _gain(part, held, residual, expert, change) > 0:
+                    down.copy_(fitted)
                     own.add(expert)
                     for phi, tokens in _coefficients(part, part.inputs, expert, residual.device):
                         residual.index_add_(0, tokens, phi @ change, alpha=-1)
     return changed
 
 
-def _change(
+def _fitted(
     part: Part, inputs: RoutedInputs, residual: torch.Tensor, expert: int, stored: torch.dtype
 ) -> torch.Tensor | None:
-    """ΔW of one expert as its dtype holds it, float32; None where nothing can be fitted."""
+    """W + ΔW of one expert, as its dtypes hold it; None where nothing can be fitted."""
     rows = part.rows.rows(expert)
     width = rows.stop - rows.start
     if not 0 < width <= WIDEST or len(inputs.tokens[expert]) < MIN_TOKENS:
@@ -114,8 +118,8 @@ def _change(
     if delta is None:
         return None
     down = part.rows.down[rows].to(residual)
-    fitted = (down + delta.float()).to(stored).to(part.rows.down.dtype).float()
-    return fitted - down if bool(fitted.isfinite().all()) else None
+    fitted = (down + delta.float()).to(stored).to(part.rows.down.dtype)
+    return fitted if bool(fitted.isfinite().all()) else None
 
 
 def _gain(

@@ -63,7 +63,7 @@ def _eliminate(gram: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, to
     Each φ is scaled to Σφ² = 1, and w the other way: no micro-expert is then too large or too small
     beside another for float32.
     """
-    squares = gram.diagonal().double()
+    squares, down = gram.diagonal().double(), down.to(gram)
     # Nothing seen: any ridge gives the order of the norms.
     seen = squares.mean() > 0
     squares = squares + torch.where(seen, RIDGE * squares.mean(), 1.0)
@@ -74,7 +74,7 @@ def _eliminate(gram: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, to
     if int(failed) or not (squares.isfinite().all() and factor.isfinite().all()):
         return torch.arange(len(gram), device=gram.device), torch.full_like(squares, torch.nan)
     inverse = torch.cholesky_inverse(factor)
-    products = (down @ down.T).to(gram) * sizes * sizes[:, None]
+    products = (down @ down.T) * sizes * sizes[:, None]
     left = torch.arange(len(gram), device=gram.device)
     order, costs = [], []
     while len(left):

@@ -56,7 +56,7 @@ def gain_of(
 
     shares: X; gram, cross: Σ φ̂φ̂ᵀ and Σ φ̂φᵀ over the tokens that judge; down: W, `[m, d_model]`.
     """
-    less = shares.T @ (2 * cross - gram @ shares)
+    less, down = shares.T @ (2 * cross - gram @ shares), down.to(shares)
     return float((less * (down @ down.T)).sum(dtype=torch.float64))
 
 

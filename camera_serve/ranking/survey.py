@@ -36,7 +36,8 @@ def surveyed_share(structure: MoeStructure, recipe: Recipe) -> float:
     part is enough where these are chosen anew on all tokens, by refitting, or by the energies that
     a packed plan goes by. The order of the windows is one of chance.
     """
-    if not (recipe.refit or recipe.packed):
+    widths = (structure.d_ff, structure.shared_d_ff)
+    if not (recipe.packed or (recipe.refit and recipe.eliminates and max(widths) <= WIDEST)):
         return 1
     seen = recipe.calibration.num_tokens * structure.top_k / structure.num_experts
     return max(1 / SURVEYED_SHARE, min(1, TOKENS_OF_AN_EXPERT / seen))

@@ -82,7 +82,7 @@ def test_every_flag_reaches_the_recipe(
     run: Run, model: Path, calibration: Path, tmp_path: Path
 ) -> None:
     flags = ["--calibration", calibration, "--samples", 3, "--seq-len", 32, "--seed", 5]
-    flags += ["--alpha", 0.5, "--align", 4, "--dtype", "float32", "--device", "cpu"]
+    flags += ["--alpha", 0.5, "--align", 4, "--dtype", "float32", "--device", "cpu", "--paper"]
     result = run("compress", model, "-o", tmp_path / "out", "--plan", "16:0.75,0:0.25", *flags)
     assert result.exit_code == 0, result.output
     recipe = _recipe(tmp_path / "out")

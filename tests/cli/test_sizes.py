@@ -158,3 +158,12 @@ def test_sweeps_of_packed_tiers_are_refused(
     result = run("compress", model, "-o", tmp_path / "out", *FIT, *goal, "--sweeps", "1", *small)
     assert result.exit_code == 2
     assert "Sweeps are for pruning alone: set sweeps to 0, or keep 16 bits." in result.stderr
+
+
+def test_alpha_is_refused_where_energies_have_none(
+    run: Run, model: Path, small: list[str], tmp_path: Path
+) -> None:
+    how = ["--prune", "0.4", "--align", "8", "--alpha", "0.5", *small]
+    result = run("compress", model, "-o", tmp_path / "out", *how)
+    assert result.exit_code == 2 and "it goes with --paper" in result.stderr
+    assert run("compress", model, "-o", tmp_path / "out", "--paper", *how).exit_code == 0

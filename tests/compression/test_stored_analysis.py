@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from camera_serve.compression.allocation import least_bytes
 from camera_serve.compression.sizing import allocate, allocation_for, micro_expert_costs
 from camera_serve.compression.stored_analysis import StoredAnalysis
 from camera_serve.errors import AnalysisError, CalibrationError, RecipeError
+from camera_serve.models import MoeStructure
 from camera_serve.progress import Progress
 from camera_serve.ranking.survey import LayerSurvey
 from tests import tiny_models
@@ -465,3 +467,27 @@ def test_a_size_is_that_of_the_tensors_in_the_files(
     assert found == bytes_of(checkpoint, wanted, [*surveys.values()])
     step = ALIGN * max(micro_expert_costs(checkpoint, wanted).values())
     assert size - step < found <= size
+
+
+def test_a_run_goes_on_with_the_survey_that_it_was_begun_with(
+    model: Path, text: Path, analysis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = asked(text, **GOALS["bits"])
+
+    def interrupt(progress: Progress) -> None:
+        if (progress.step, progress.done) == ("compress", 1):
+            raise KeyboardInterrupt
+
+    compress(model, tmp_path / "whole", wanted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, tmp_path / "out", wanted, on_progress=interrupt)
+    # As if it had found something else on all tokens.
+    surveys = StoredAnalysis.surveys
+
+    def others(stored: StoredAnalysis, structure: MoeStructure) -> dict[int, LayerSurvey]:
+        found = surveys(stored, structure)
+        return {layer: replace(own, weight=own.weight * 10**layer) for layer, own in found.items()}
+
+    monkeypatch.setattr(StoredAnalysis, "surveys", others)
+    compress(model, tmp_path / "out", wanted, analysis=analysis, resume=True)
+    assert written(tmp_path / "out") == written(tmp_path / "whole")

@@ -96,3 +96,16 @@ def test_experts_that_saw_few_tokens_or_are_too_wide_stay(monkeypatch: pytest.Mo
     assert sweep([Part(part.rows, few, 1.0)], _lacking(part), 1, torch.float32) == [{2}]
     monkeypatch.setattr(sweeps, "WIDEST", 8)
     assert sweep([_part()], _lacking(part), 1, torch.float32) == [{0}]
+
+
+def test_what_is_stored_is_what_the_residual_was_made_of() -> None:
+    part = _part(dtype=torch.bfloat16)
+    residual, before = _lacking(part), part.rows.down.clone()
+    start = residual.clone()
+    sweep([part], residual, 2, torch.bfloat16)
+    for expert in (0, 2):
+        rows = part.rows.rows(expert)
+        change = part.rows.down[rows].float() - before[rows].float()
+        for phi, tokens in sweeps._coefficients(part, part.inputs, expert, start.device):
+            start.index_add_(0, tokens, phi @ change, alpha=-1)
+    torch.testing.assert_close(residual, start, rtol=1e-4, atol=1e-4)

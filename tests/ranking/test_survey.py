@@ -113,16 +113,18 @@ def test_a_survey_comes_back_from_its_tensors(surveyed) -> None:
         ("16:0.6,0:0.4", True, 2 * TOKENS_OF_AN_EXPERT, 1 / 2),
         ("16:0.6,0:0.4", True, 1, 1),
         ("16:0.6,0:0.4", False, 1e6, 1),
+        ("16:0.6,0:0.4", {"elimination": False}, 1e6, 1),
         ("3:0.2,2:0.6,1:0.2", False, 1e6, 1 / SURVEYED_SHARE),
     ],
 )
 def test_a_part_is_surveyed_where_all_tokens_choose_anew(
-    surveyed, plan: str, refit: bool, tokens_per_expert: float, share: float
+    surveyed, plan: str, refit: bool | dict[str, bool], tokens_per_expert: float, share: float
 ) -> None:
     structure = Checkpoint.open(surveyed[0]).structure
     tokens = int(tokens_per_expert * structure.num_experts / structure.top_k)
     calibration = Calibration(source="text", samples=tokens // 2, seq_len=2)
-    asked = Recipe(plan=TierPlan.parse(plan), calibration=calibration, budget="model", refit=refit)
+    how = refit if isinstance(refit, dict) else {"refit": refit}
+    asked = Recipe(plan=TierPlan.parse(plan), calibration=calibration, **how)
     assert surveyed_share(structure, asked) == pytest.approx(share, rel=1e-2)
 
 

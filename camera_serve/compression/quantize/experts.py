@@ -80,11 +80,12 @@ def quantize_experts(
     widths = [int(packed[experts.rows(e)].sum()) for e in range(len(experts.offsets) - 1)]
     seen = [len(tokens) for tokens in inputs.tokens]
     size = SolveSize(len(widths), max(widths), inputs.x.shape[1], group_size, polish)
+    given = _tempered(inputs) if weighted else _unweighted(inputs)
     for chunk in _chunks(widths, size):
         usable = tuple(e if solver == "gptq" and seen[e] >= MIN_TOKENS else None for e in chunk)
         rows = [slice(experts.offsets[e + 1] - widths[e], experts.offsets[e + 1]) for e in chunk]
         batch = _Batch.load(experts, row_bits, rows, usable, device)
-        solved = _solve(batch, _tempered(inputs) if weighted else _unweighted(inputs), size, refit)
+        solved = _solve(batch, given, size, refit)
         # Or the next chunk would be loaded beside this one.
         del batch
         for expert, own in zip(chunk, solved, strict=True):
