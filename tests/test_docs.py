@@ -23,7 +23,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench import coverage, data_flow, stored, summary
-from bench.quality import drafts, pruning, quantization
+from bench.quality import drafts, pruning, quantization, steps
 from bench.speed.kernel_report import KernelReport, markdown
 from camera_serve.benchmark.report import BenchReport
 from camera_serve.benchmark.settings import Load
@@ -202,6 +202,10 @@ def test_tables_hold_the_stored_figures() -> None:
         "coverage": (coverage.PAGE, coverage.render()),
         "quality": (stored.DOCS / "quality.md", pruning.render(pruned)),
         "quantization": (stored.DOCS / "quality.md", quantization.render(quantized)),
+        "steps": (
+            stored.DOCS / "quality.md",
+            steps.render(stored.stored(steps.RESULTS, steps.RESULT_VERSION)),
+        ),
         "kernels": (stored.DOCS / "speed.md", markdown(kernels)),
         "drafts": (stored.DOCS / "serving.md", drafts.render(guessed)),
     }

@@ -268,6 +268,9 @@ def _steps_table(result: dict[str, Any], texts: list[str]) -> Iterator[str]:
     cases = [case for case in ablations() if case.seed == 0]
     for case in cases:
         draws = [replace(case, seed=seed) for seed in range(DRAWS)]
+        draws = [draw for draw in draws if _stored(result, draw)]
+        if not draws:
+            continue
         now = [_row(result, draw) for draw in draws]
         before = [_row(result, replace(draw, variant=PAPERS)) for draw in draws]
         cells = [
@@ -339,7 +342,7 @@ def _caption(result: dict[str, Any], texts: list[str]) -> str:
     return (
         "KL divergence from the dense model, nats per token, of `bench/reference_moe/model` "
         f"({tokens}), with paired standard errors over windows of {WINDOW}. First table: "
-        f"{SAMPLES} calibration windows. Steps: {FEWER} windows in {DRAWS} draws, judged on "
+        f"{SAMPLES} calibration windows. Steps: {FEWER} windows in up to {DRAWS} draws, judged on "
         f"{JUDGED} windows of each text, mean and range; time is the CPU time of `compress`. "
         f"{found['cpu']}, torch {found['torch']}, transformers {found['transformers']}, commit "
         f"{found['commit']}."

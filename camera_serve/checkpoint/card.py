@@ -7,6 +7,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from camera_serve.checkpoint.report import CompressionReport
+from camera_serve.recipe import Recipe
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -15,8 +16,8 @@ BODY = """
 
 The original is {original}.
 [CAMERA](https://arxiv.org/abs/2508.02322) ranks the micro-experts of every MoE layer by their
-decoding-time energy on calibration text. This checkpoint holds them by rank under the tier plan
-`{plan}` (bits:share, most important first, 0 bits is removal), so every expert has its own widths.
+decoding-time energy on calibration text. This checkpoint holds them by what they are worth:
+{plan}. So every expert has its own widths.
 
 | | original{in_16_bits} | this checkpoint |
 |---|---|---|
@@ -65,7 +66,7 @@ def model_card(source: Path, report: CompressionReport, auto_class: str) -> str:
         lm_eval_hf=LM_EVAL_HF if scored else "",
         name=report.model.rsplit("/", 1)[-1],
         original=_original(report),
-        plan=report.recipe.goal,
+        plan=_plan(report.recipe),
         expert_before=report.expert_bytes_before / 1e9,
         expert_after=report.expert_bytes_after / 1e9,
         expert_saved=report.saved_of_experts,
@@ -79,6 +80,13 @@ def model_card(source: Path, report: CompressionReport, auto_class: str) -> str:
         **_stored(report),
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _plan(recipe: Recipe) -> str:
+    """What was kept, in words."""
+    if recipe.plan:
+        return f"`{recipe.plan}` (bits:share, most important first, 0 bits is removal)"
+    return f"{recipe.goal}, 0 bits being removal"
 
 
 def _original(report: CompressionReport) -> str:

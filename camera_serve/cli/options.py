@@ -35,13 +35,13 @@ _NOTHING_PACKED = (
     "or --bits-per-weight."
 )
 _OF_THE_PAPER = (
-    "is decided by --paper, which has a share of every layer and fits nothing: drop one."
+    "does not go with --paper, which has a share of every layer and fits nothing: drop one."
 )
 _NOT_THE_PAPER = (
     "stands for a pass over the whole model, and --paper makes none: it ranks each layer as it "
     "comes to it. Drop one."
 )
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 CALIBRATION_FLAGS = (

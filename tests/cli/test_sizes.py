@@ -104,10 +104,10 @@ def test_bits_named_twice_or_in_another_order_are_the_same(
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--paper", "--size", "500KB"], "--size is decided by --paper"),
-        (["--paper", "--bits-per-weight", "3"], "--bits-per-weight is decided by --paper"),
-        (["--paper", "--prune", "0.4", "--budget", "model"], "--budget is decided by --paper"),
-        (["--paper", "--prune", "0.4", "--sweeps", "2"], "--sweeps is decided by --paper"),
+        (["--paper", "--size", "500KB"], "--size does not go with --paper"),
+        (["--paper", "--bits-per-weight", "3"], "--bits-per-weight does not go with --paper"),
+        (["--paper", "--prune", "0.4", "--budget", "model"], "--budget does not go with --paper"),
+        (["--paper", "--prune", "0.4", "--sweeps", "2"], "--sweeps does not go with --paper"),
         (["--prune", "0.4", "--allow", "3,2"], "--allow goes with --bits-per-weight and --size"),
         (["--bits", "2", "--allow", "3,2"], "--allow goes with --bits-per-weight and --size"),
         (["--size", "500KB", "--budget", "layer"], "--size is of the whole model: drop --budget"),
