@@ -171,7 +171,7 @@ def _as_analyzed(ctx: click.Context, analysis: Path) -> dict[str, Any]:
     from camera_serve.compression.stored_analysis import StoredAnalysis
 
     settings = StoredAnalysis.open(analysis).report.settings
-    had: dict[str, Any] = {"calibration": settings.calibration.sources, "alpha": settings.alpha}
+    had: dict[str, Any] = {"calibration": settings.calibration.sources}
     had |= settings.calibration.model_dump(exclude={"source"}) | {"dtype": settings.dtype}
     return {name: value for name, value in had.items() if not _is_given(ctx, name)}
 

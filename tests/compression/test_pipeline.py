@@ -680,7 +680,7 @@ def test_refitted_experts_keep_gate_and_up_and_are_nearer_to_the_original(
             device=torch.device("cpu"),
         )
         errors[refit] = found[0]
-    assert errors[True] < 0.9 * errors[False]
+    assert errors[True] < 0.95 * errors[False]
     plain, fitted = (
         {n: t for f in (tmp_path / name).glob("*.safetensors") for n, t in load_file(f).items()}
         for name in ("False", "True")
