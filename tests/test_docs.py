@@ -24,6 +24,7 @@ from click.testing import CliRunner
 
 from bench import coverage, data_flow, stored, summary
 from bench.quality import drafts, pruning, quantization, steps
+from bench.speed import tiers
 from bench.speed.kernel_report import KernelReport, markdown
 from camera_serve.benchmark.report import BenchReport
 from camera_serve.benchmark.settings import Load
@@ -205,6 +206,10 @@ def test_tables_hold_the_stored_figures() -> None:
         "steps": (
             stored.DOCS / "quality.md",
             steps.render(stored.stored(steps.RESULTS, steps.RESULT_VERSION)),
+        ),
+        "tiers": (
+            stored.DOCS / "speed.md",
+            tiers.render(stored.stored(tiers.RESULTS, tiers.RESULT_VERSION)),
         ),
         "kernels": (stored.DOCS / "speed.md", markdown(kernels)),
         "drafts": (stored.DOCS / "serving.md", drafts.render(guessed)),
