@@ -239,17 +239,10 @@ def _figures(cost: Cost) -> dict[str, Any]:
 def render(result: dict[str, Any]) -> str:
     """The stored figures as Markdown tables: all sizes, the steps, and other calibration texts."""
     texts = list(result["tokens_per_window"])
-    return "\n".join(
-        [
-            *_main_table(result, texts),
-            "",
-            *_steps_table(result, texts),
-            "",
-            *_texts_table(result, texts),
-            "",
-            _caption(result, texts),
-        ]
-    )
+    tables = [[*make(result, texts)] for make in (_main_table, _steps_table, _texts_table)]
+    # One without a case that is measured has a header alone.
+    parts = ["\n".join(table) for table in tables if len(table) > 2]
+    return "\n\n".join([*parts, _caption(result, texts)])
 
 
 def _main_table(result: dict[str, Any], texts: list[str]) -> Iterator[str]:
