@@ -89,8 +89,8 @@ def fill(
         tiers = tuple(Tier(bits=bits, fraction=share) for bits, share in shares.items() if share)
         return select_over_model(surveys, TierPlan(tiers=tiers), align)
     experts = _Experts.of(surveys, levels, align)
-    hulls = [_hull(costs, losses_of(surveys))] * len(surveys)
-    counted = experts.counts(experts.filled(hulls, costs, budget))
+    steps = _hull(costs, losses_of(surveys))
+    counted = experts.counts(experts.filled(steps, costs, budget))
     stored = [level for level, bits in enumerate(levels) if bits and counted[:, level].any()]
     counts = iter(counted[:, stored].tolist())
     bits = tuple(levels[level] for level in stored)
@@ -145,15 +145,17 @@ def _predicted_error(
 
 
 def expected_loss(surveys: Sequence[LayerSurvey], selections: Sequence[Selection]) -> float:
-    """About which share of the experts' energy is lost, layers weighed as they matter."""
-    losses = losses_of(surveys)
+    """About which share of the experts' energy is lost, layers weighed as they matter.
+
+    selections: with their predictions (`with_predictions`).
+    """
     whole = [
         survey.weight * sum(float(own.sum()) for own in survey.energies.per_expert)
         for survey in surveys
     ]
     lost = [
-        total * _predicted_error(survey, selection, losses)
-        for total, survey, selection in zip(whole, surveys, selections, strict=True)
+        total * (selection.predicted_error or 0.0)
+        for total, selection in zip(whole, selections, strict=True)
     ]
     return sum(lost) / sum(whole) if sum(whole) else 0.0
 
@@ -188,16 +190,21 @@ def _scores(survey: LayerSurvey, bits: tuple[int, ...]) -> list[torch.Tensor]:
 def _widths(layers: Sequence[list[torch.Tensor]], kept: int, align: int) -> list[int]:
     """How many micro-experts of each expert are kept, of all layers together."""
     lifted = []
-    for layer, count in zip(layers, _least([*map(_total, layers)], kept, align), strict=True):
+    least = _least([*map(_total, layers)], kept, align)
+    for layer, count in zip(layers, least, strict=True):
         every = torch.cat(layer)
         every[every.topk(count).indices] = torch.inf
         lifted += every.split([len(own) for own in layer])
-    return kept_counts(lifted, kept, align, _in_any_case(layers, kept, align))
+    return kept_counts(lifted, kept, align, _in_any_case(layers, least, align))
 
 
-def _in_any_case(layers: Sequence[list[torch.Tensor]], kept: int, align: int) -> list[int]:
-    """How many micro-experts of each expert stay whatever the other layers are worth."""
-    least = _least([*map(_total, layers)], kept, align)
+def _in_any_case(
+    layers: Sequence[list[torch.Tensor]], least: Sequence[int], align: int
+) -> list[int]:
+    """How many micro-experts of each expert stay whatever the other layers are worth.
+
+    least: how many of each layer do.
+    """
     return [
         width
         for layer, count in zip(layers, least, strict=True)
@@ -244,7 +251,7 @@ def _kept(survey: LayerSurvey, expert: int, width: int, bits: tuple[int, ...]) -
 
 @dataclass(frozen=True)
 class _Step:
-    """From one level of bits to the next lower one that is worth taking, in one layer.
+    """From one level of bits to the next lower one that is worth taking.
 
     levels: their numbers, from the most bits; saved: bytes of a micro-expert; lost: of its score.
     """
@@ -286,14 +293,13 @@ class _Experts:
     """All experts of a model as rows of one matrix, narrower ones padded.
 
     scores: float64 `[num_experts, max_width]`, each row rising, -inf where it is padded; widths,
-    kept: int64 `[num_experts]`, micro-experts there are, and that stay in any case; owner: int64
-    `[num_experts]`, its layer; levels: the bit-widths, falling.
+    kept: int64 `[num_experts]`, micro-experts there are, and that stay in any case; levels: the
+    bit-widths, falling.
     """
 
     scores: torch.Tensor
     widths: torch.Tensor
     kept: torch.Tensor
-    owner: torch.Tensor
     levels: tuple[int, ...]
     align: int
 
@@ -305,59 +311,56 @@ class _Experts:
         for row, own in zip(scores, rows, strict=True):
             row[len(row) - len(own) :] = own.sort().values
         widths = torch.tensor([len(own) for own in rows])
-        kept = _in_any_case(layers, sum(map(len, rows)), align)
-        owner = torch.arange(len(layers)).repeat_interleave(torch.tensor([*map(len, layers)]))
-        return cls(scores, widths, torch.tensor(kept), owner, levels, align)
+        least = _least([*map(_total, layers)], _total(rows), align)
+        kept = torch.tensor(_in_any_case(layers, least, align))
+        return cls(scores, widths, kept, levels, align)
 
     def counts(self, ends: torch.Tensor) -> torch.Tensor:
         """How many micro-experts of each expert are at each level."""
         return ends.diff(prepend=ends.new_zeros(len(ends), 1), dim=1)
 
-    def filled(
-        self, hulls: Sequence[list[_Step]], costs: Mapping[int, int], budget: int
-    ) -> torch.Tensor:
+    def filled(self, steps: Sequence[_Step], costs: Mapping[int, int], budget: int) -> torch.Tensor:
         """How many micro-experts of each expert are at each level or above, `[.., num_levels]`."""
         by_level = torch.tensor([costs[bits] for bits in self.levels])
 
         def rest_of(ends: torch.Tensor) -> int:
             return budget - int((self.counts(ends) * by_level).sum())
 
-        rates = [step.lost / step.saved for steps in hulls for step in steps]
+        rates = [step.lost / step.saved for step in steps]
         seen = self.scores[self.scores > 0]
         low, high = 1.0, 1.0
         if rates and len(seen):
             low, high = float(seen.min()) * min(rates) / 2, float(seen.max()) * max(rates) * 2
         for _ in range(_BISECTIONS):
             middle = math.sqrt(low * high)
-            fits = rest_of(self._ends(hulls, middle)) >= 0
+            fits = rest_of(self._ends(steps, middle)) >= 0
             low, high = (low, middle) if fits else (middle, high)
-        ends = self._ends(hulls, high)
+        ends = self._ends(steps, high)
         rest = rest_of(ends)
-        while (left := self._spend(ends, hulls, rest)) < rest:
+        while (left := self._spend(ends, steps, rest)) < rest:
             rest = left
         return ends
 
-    def _ends(self, hulls: Sequence[list[_Step]], worth: float) -> torch.Tensor:
+    def _ends(self, steps: Sequence[_Step], worth: float) -> torch.Tensor:
         """What each micro-expert takes when a byte is worth so much, in multiples of `align`."""
-        least = torch.full((len(hulls), len(self.levels)), torch.inf, dtype=torch.float64)
-        least[:, -1] = -torch.inf
-        for layer, steps in enumerate(hulls):
-            for step in steps:
-                least[layer, slice(*step.levels)] = worth * step.saved / step.lost
-        below = torch.searchsorted(self.scores, least[self.owner])
+        least = self.scores.new_full((len(self.levels),), torch.inf)
+        least[-1] = -torch.inf
+        for step in steps:
+            least[slice(*step.levels)] = worth * step.saved / step.lost
+        below = torch.searchsorted(self.scores, least.repeat(len(self.scores), 1))
         exact = (self.scores.shape[1] - below).minimum(self.widths[:, None])
         ends = (exact + self.align // 2) // self.align * self.align
         if self.levels[-1] == 0:
             ends[:, -2] = ends[:, -2].maximum(self.kept)
         return ends
 
-    def _spend(self, ends: torch.Tensor, hulls: Sequence[list[_Step]], rest: int) -> int:
+    def _spend(self, ends: torch.Tensor, steps: Sequence[_Step], rest: int) -> int:
         """Move up what gains most per byte while it fits, in place; the bytes left then."""
         offers = []
         gains = self._gains(ends)
-        for expert, layer in enumerate(self.owner.tolist()):
-            for step in hulls[layer]:
-                gain = float(gains[expert, step.levels[0]]) * step.lost / step.saved
+        for expert, own in enumerate(gains.tolist()):
+            for step in steps:
+                gain = own[step.levels[0]] * step.lost / step.saved
                 offers.append((-gain, step.saved * self.align, expert, step.levels))
         for _, price, expert, (upper, lower) in sorted(offers):
             if price <= rest and ends[expert, upper] + self.align <= ends[expert, lower]:

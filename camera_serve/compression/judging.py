@@ -21,8 +21,8 @@ MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Judge:
-    """What the experts of a layer give for the tokens they are judged on, before compression.
+class Whole:
+    """What the experts of a layer give each token before any of them is compressed.
 
     inputs, of_shared: those of the routed and of the shared experts; scale: what the layer
     multiplies its routed experts' output by; outputs: float32 `[num_tokens, d_model]`; energy:
@@ -43,14 +43,20 @@ class Judge:
         of_shared: RoutedInputs | None,
         scale: float,
         device: torch.device,
-    ) -> "Judge":
-        """The experts of `loaded`, still whole."""
+    ) -> "Whole":
+        """The experts of `loaded`."""
         assert loaded.experts is not None
-        count = min(len(inputs.x) // HELD_BACK, MOST_TOKENS)
-        last, last_shared = inputs.last(count), of_shared and of_shared.last(count)
-        shared = rows_of_shared(loaded.shared) if last_shared else None
-        outputs, energy = outputs_of(loaded.experts, last, shared, last_shared, scale, device)
-        return cls(last, last_shared, scale, outputs, energy)
+        shared = rows_of_shared(loaded.shared) if of_shared else None
+        outputs, energy = _outputs(loaded.experts, inputs, shared, of_shared, scale, device)
+        return cls(inputs, of_shared, scale, outputs, energy)
+
+    def lacking(
+        self, experts: RaggedTier[torch.Tensor], shared: RaggedTier[torch.Tensor] | None
+    ) -> torch.Tensor:
+        """y - ŷ of what is left, float32 `[num_tokens, d_model]`."""
+        device = self.outputs.device
+        made, _ = _outputs(experts, self.inputs, shared, self.of_shared, self.scale, device)
+        return made.neg_().add_(self.outputs)
 
     def error(
         self, experts: RaggedTier[torch.Tensor], shared: RaggedTier[torch.Tensor] | None
@@ -58,9 +64,16 @@ class Judge:
         """‖y - ŷ‖² / Σ_j E_j of what is left; None where the whole ones gave nothing."""
         if not self.energy > 0:
             return None
-        device = self.outputs.device
-        made, _ = outputs_of(experts, self.inputs, shared, self.of_shared, self.scale, device)
-        return float((self.outputs - made).square().sum(dtype=torch.float64)) / self.energy
+        lost = self.lacking(experts, shared).square().sum(dtype=torch.float64)
+        return float(lost) / self.energy
+
+
+def judging_tokens(
+    inputs: RoutedInputs, of_shared: RoutedInputs | None
+) -> tuple[RoutedInputs, RoutedInputs | None]:
+    """Of what experts are given the part that they are judged on."""
+    count = min(len(inputs.x) // HELD_BACK, MOST_TOKENS)
+    return inputs.last(count), of_shared and of_shared.last(count)
 
 
 def rows_of_shared(shared: Any) -> RaggedTier[torch.Tensor]:
@@ -69,7 +82,7 @@ def rows_of_shared(shared: Any) -> RaggedTier[torch.Tensor]:
     return RaggedTier(gate, up, down, (0, len(gate)))
 
 
-def outputs_of(
+def _outputs(
     experts: RaggedTier[torch.Tensor],
     inputs: RoutedInputs,
     shared: RaggedTier[torch.Tensor] | None,

@@ -13,10 +13,10 @@ from camera_serve.calibration.inputs import InputRecorder, RoutedInputs, inputs_
 from camera_serve.calibration.streaming import ModelStream, StreamedLayer
 from camera_serve.checkpoint.experts import packed_tensors
 from camera_serve.checkpoint.reader import Checkpoint
-from camera_serve.compression.judging import Judge, rows_of_shared
+from camera_serve.compression.judging import Whole, judging_tokens, rows_of_shared
 from camera_serve.compression.quantize.experts import quantize_experts
 from camera_serve.compression.refit import Refitted, refit_experts
-from camera_serve.compression.sweeps import Whole
+from camera_serve.compression.sweeps import fit_to_whole
 from camera_serve.models.structure import PROJECTIONS, Projection
 from camera_serve.ragged.layer import RaggedTier
 from camera_serve.ranking.layer import measure, record, scale_of_routed
@@ -35,7 +35,7 @@ class CompressedLayer:
     experts in place; tokens: int64 `[num_experts]`, routed to each; rounded: routed experts that
     were rounded to nearest for want of tokens; unfitted: those, the shared one last, whose new down
     vectors did not suit the tokens that were held back; uncompensated: the same of those that were
-    to make up for quantizing; unpolished: those that keep GPTQ's codes; output_error: `Judge.error`
+    to make up for quantizing; unpolished: those that keep GPTQ's codes; output_error: `Whole.error`
     of what is left, None where nothing was surveyed or fitted.
     """
 
@@ -113,7 +113,8 @@ def compress_layer(
     judge = whole = None
     if inputs and (recipe.surveys or recipe.refit):
         scale = scale_of_routed(loaded, stream.structure.moe_prefix(layer))
-        judge = Judge.of(loaded, inputs, of_shared, scale, stream.device)
+        last = judging_tokens(inputs, of_shared)
+        judge = Whole.of(loaded, *last, scale, stream.device)
         if recipe.sweeps:
             whole = Whole.of(loaded, inputs, of_shared, scale, stream.device)
     fit, fit_shared = (_fitting(own, recipe, stream) for own in (inputs, of_shared))
@@ -153,7 +154,7 @@ def _sweep(
     whole: Whole, routed: _Kept, shared: _Kept | None, rounds: int, stored: torch.dtype
 ) -> None:
     """Fit what is kept, in place, to what the whole layer gave."""
-    changed = whole.fit(routed.rows, shared.rows if shared else None, rounds, stored)
+    changed = fit_to_whole(whole, routed.rows, shared.rows if shared else None, rounds, stored)
     for kept, own in zip([part for part in (routed, shared) if part], changed, strict=True):
         for expert in own:
             kept.fitted.down[expert] = kept.rows.down[kept.rows.rows(expert)].clone()

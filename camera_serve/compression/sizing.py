@@ -143,8 +143,7 @@ def allocation_for(
     structure = checkpoint.structure
     every = len(structure.moe_layers) * structure.micro_experts_per_layer
     found[0] = every - sum(found.values())
-    loss = expected_loss(_ranked(recipe, surveys), selections)
-    return Allocation(micro_experts=found, expected_loss=loss)
+    return Allocation(micro_experts=found, expected_loss=expected_loss(surveys, selections))
 
 
 def _ranked(recipe: Recipe, surveys: Sequence[LayerSurvey]) -> list[LayerSurvey]:

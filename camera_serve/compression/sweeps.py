@@ -12,54 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from camera_serve.calibration.inputs import RoutedInputs
-from camera_serve.calibration.streaming import StreamedLayer
-from camera_serve.compression.judging import outputs_of, rows_of_shared
+from camera_serve.compression.judging import Whole
 from camera_serve.ragged.layer import RaggedTier
 from camera_serve.ranking.gram import MIN_TOKENS, TOKENS_AT_ONCE, WIDEST, phi_of, ridge_solve
-
-
-@dataclass(frozen=True)
-class Whole:
-    """What the experts of a layer gave each token before any of them was removed.
-
-    inputs, of_shared: those of the routed and of the shared experts; scale: what the layer
-    multiplies its routed experts' output by; outputs: float32 `[num_tokens, d_model]`.
-    """
-
-    inputs: RoutedInputs
-    of_shared: RoutedInputs | None
-    scale: float
-    outputs: torch.Tensor
-
-    @classmethod
-    def of(
-        cls,
-        loaded: StreamedLayer,
-        inputs: RoutedInputs,
-        of_shared: RoutedInputs | None,
-        scale: float,
-        device: torch.device,
-    ) -> "Whole":
-        """The experts of `loaded`."""
-        assert loaded.experts is not None
-        shared = rows_of_shared(loaded.shared) if of_shared else None
-        outputs, _ = outputs_of(loaded.experts, inputs, shared, of_shared, scale, device)
-        return cls(inputs, of_shared, scale, outputs)
-
-    def fit(
-        self,
-        routed: RaggedTier[torch.Tensor],
-        shared: RaggedTier[torch.Tensor] | None,
-        rounds: int,
-        stored: torch.dtype,
-    ) -> list[set[int]]:
-        """Let what is left of the routed experts and of the shared one give the same (`sweep`)."""
-        device = self.outputs.device
-        made, _ = outputs_of(routed, self.inputs, shared, self.of_shared, self.scale, device)
-        parts = [Part(routed, self.inputs, self.scale)]
-        if shared and self.of_shared:
-            parts.append(Part(shared, self.of_shared, 1.0))
-        return sweep(parts, made.neg_().add_(self.outputs), rounds, stored)
 
 
 @dataclass(frozen=True)
@@ -73,6 +28,20 @@ class Part:
     rows: RaggedTier[torch.Tensor]
     inputs: RoutedInputs
     scale: float
+
+
+def fit_to_whole(
+    whole: Whole,
+    routed: RaggedTier[torch.Tensor],
+    shared: RaggedTier[torch.Tensor] | None,
+    rounds: int,
+    stored: torch.dtype,
+) -> list[set[int]]:
+    """Let what is left of the routed experts and of the shared one give the same (`sweep`)."""
+    parts = [Part(routed, whole.inputs, whole.scale)]
+    if shared and whole.of_shared:
+        parts.append(Part(shared, whole.of_shared, 1.0))
+    return sweep(parts, whole.lacking(routed, shared), rounds, stored)
 
 
 def sweep(

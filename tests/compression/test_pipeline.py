@@ -648,19 +648,24 @@ def test_what_left_a_finished_survey_is_not_read_again(
     assert set(steps) == {"compress"}
 
 
+def halved_error(model: Path, output: Path, text: Path, **steps: Any) -> float:
+    """How far the first layer is off with half of its micro-experts removed."""
+    enough = Calibration(source=str(text), samples=24, seq_len=64)
+    asked = by_plan(text, "16:0.5,0:0.5", **steps, calibration=enough)
+    compress(model, output, asked)
+    made = Checkpoint.open(output)
+    found = output_errors(
+        Checkpoint.open(model), made, asked.calibration, device=torch.device("cpu")
+    )
+    return found[0]
+
+
 def test_swept_layers_are_nearer_to_the_original(model: Path, tmp_path: Path, text: Path) -> None:
     errors = {}
     for sweeps in (0, 2):
-        enough = Calibration(source=str(text), samples=24, seq_len=64)
-        asked = by_plan(text, "16:0.5,0:0.5", refit=True, sweeps=sweeps, calibration=enough)
-        compress(model, tmp_path / f"{sweeps}", asked)
-        found = output_errors(
-            Checkpoint.open(model),
-            Checkpoint.open(tmp_path / f"{sweeps}"),
-            asked.calibration,
-            device=torch.device("cpu"),
+        errors[sweeps] = halved_error(
+            model, tmp_path / f"{sweeps}", text, refit=True, sweeps=sweeps
         )
-        errors[sweeps] = found[0]
     assert errors[2] < 0.99 * errors[0]
     verify(tmp_path / "2", against=model)
 
@@ -670,16 +675,7 @@ def test_refitted_experts_keep_gate_and_up_and_are_nearer_to_the_original(
 ) -> None:
     errors = {}
     for refit in (False, True):
-        enough = Calibration(source=str(text), samples=24, seq_len=64)
-        asked = by_plan(text, "16:0.5,0:0.5", refit=refit, calibration=enough)
-        compress(model, tmp_path / f"{refit}", asked)
-        found = output_errors(
-            Checkpoint.open(model),
-            Checkpoint.open(tmp_path / f"{refit}"),
-            asked.calibration,
-            device=torch.device("cpu"),
-        )
-        errors[refit] = found[0]
+        errors[refit] = halved_error(model, tmp_path / f"{refit}", text, refit=refit)
     assert errors[True] < 0.95 * errors[False]
     plain, fitted = (
         {n: t for f in (tmp_path / name).glob("*.safetensors") for n, t in load_file(f).items()}
